@@ -1,0 +1,286 @@
+"""Every knob, its default, and every check that needs neither data nor device.
+
+command_line.py fills these from `args.json key=value ...`; a ValueError here begins with the key's name.
+"""
+
+import difflib
+import json
+import math
+import os
+import shutil
+import socket
+import sysconfig
+import typing
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import OptimizerNames
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+PACKINGS = ("concat",)
+ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+
+
+@dataclass
+class ModelArguments:
+    """What is trained: an architecture, always from random weights, and its tokenizer."""
+
+    model_name: str = field(
+        default="smollm2-135m",
+        metadata={
+            "help": "A built-in (smollm2-1m, smollm2-135m, smollm2-360m, smollm2-1.7b), a Hub id, or a directory with "
+            "config.json. Only the architecture is used: weights are always random, seeded by `seed`."
+        },
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Hub id, a directory, or 'train' for a byte-level BPE of the model's vocabulary size trained on "
+            "the data. Default: the model's own."
+        },
+    )
+    config_overrides: dict[str, typing.Any] | None = field(
+        default=None, metadata={"help": 'Fields of the model\'s config to change, e.g. {"num_hidden_layers": 12}.'}
+    )
+    attn_implementation: str = field(
+        default="auto",
+        metadata={
+            "help": f"One of {', '.join(ATTENTION)}. auto: flash_attention_2 where it is installed and the device "
+            "allows it, else sdpa; the run says which."
+        },
+    )
+
+    def __post_init__(self):
+        _one_of("attn_implementation", self.attn_implementation, ATTENTION)
+
+
+@dataclass
+class DataArguments:
+    """Where text comes from and how it becomes rows. Nothing named: the built-in text."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A Hub dataset: HuggingFaceTB/smollm-corpus."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, e.g. cosmopedia-v2."})
+    dataset_split: str = field(default="train", metadata={"help": "The split to read."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub dataset."})
+    data_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "Local paths or globs: .jsonl, .json (also .gz), .parquet, .csv, .txt (a document a file)."},
+    )
+    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
+    validation_fraction: float = field(
+        default=0.005,
+        metadata={"help": "Share of the documents held out, chosen by a hash of their text. 0 holds out none."},
+    )
+    block_size: int = field(default=2048, metadata={"help": "Tokens per packed row. SmolLM2 was pre-trained at 2048."})
+    packing: str = field(
+        default="concat", metadata={"help": "concat: documents end to end, cut into rows (GPT-3, section 2.2)."}
+    )
+    intra_document_masking: bool = field(
+        default=True,
+        metadata={"help": "Attention stays inside a document and positions restart with it. false: plain causal rows."},
+    )
+    prepared_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where the packed set is, or is written. Default: output_dir/prepared."},
+    )
+
+    def __post_init__(self):
+        if self.block_size < 2:
+            raise ValueError(f"block_size must be at least 2 (one input, one target), got {self.block_size}.")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be at least 0 and below 1, got {self.validation_fraction}.")
+        _one_of("packing", self.packing, PACKINGS)
+        if self.dataset_name and self.data_files:
+            raise ValueError(
+                f"dataset_name = {self.dataset_name} and data_files = {self.data_files} are both given: keep one."
+            )
+        if self.data_files is not None and not self.data_files:
+            raise ValueError("data_files is an empty list: name at least one file, or leave it out.")
+
+
+@dataclass
+class PretrainArguments(TrainingArguments):
+    """TrainingArguments with the defaults of pre-training.
+
+    Sources: betas 0.9 / 0.95, weight decay 0.1 and clip 1.0 are GPT-3's (Brown et al. 2020, appendix B), Llama's and
+    the older project's; learning rate 1e-3 is DeepSeek LLM's law 0.3118 C^-0.125 (arXiv 2401.02954, section 3.2) at
+    C = 1e20 FLOPs, about 135M parameters x 120B tokens; warm-up over 1 % of the steps lies between SmolLM2's 0.1 %
+    (2,000 of 2.0M) and the older project's 3 % (1,000 of 30,000).
+    """
+
+    output_dir: str | None = field(default="runs/pretrain", metadata={"help": "Everything the run leaves goes here."})
+    deepspeed: dict | str | None = field(
+        default="ds_configs/zero2.json",
+        metadata={"help": "DeepSpeed JSON, looked up here and then in the package; null trains without DeepSpeed."},
+    )
+    optim: OptimizerNames | str = field(
+        default="adamw_bnb_8bit", metadata={"help": "The optimizer, as TrainingArguments names it."}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "The schedule, as TrainingArguments names it."}
+    )
+    warmup_steps: float = field(
+        default=0.01, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prepared set, unless max_steps."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
+    weight_decay: float = field(default=0.1, metadata={"help": "AdamW's decay; norms and biases are excluded."})
+    bf16: bool = field(default=True, metadata={"help": "Compute in bfloat16; false computes in float32."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop an epoch's last, unfilled batch."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The packed set has no unused columns."})
+    eval_strategy: IntervalStrategy | str = field(
+        default="steps", metadata={"help": "When held-out loss is measured: no, steps, epoch."}
+    )
+    eval_steps: float | None = field(default=500, metadata={"help": "Steps between held-out measurements."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log step 1: it is held against ln(vocabulary)."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "true would hide NaN losses in the log."})
+    save_total_limit: int | None = field(default=3, metadata={"help": "Checkpoints kept; at least 2."})
+    max_eval_samples: int = field(
+        default=1024, metadata={"help": "Held-out rows scored at each eval; the end of the run scores every document."}
+    )
+    sample_steps: int = field(default=500, metadata={"help": "Steps between sample continuations; 0 writes none."})
+    loss_chunk_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens a chunk of the training loss, so that the full logits are never built. Default: as many "
+            "as have 2^25 logits (128 MiB in fp32). 0 uses the model's own loss, as ZeRO-3 and Liger do by themselves."
+        },
+    )
+
+    def __post_init__(self):
+        self._check_ranges()
+        self._check_optimizer()
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True  # recomputes activations: slower, far less memory
+        if isinstance(self.deepspeed, str):
+            self.deepspeed = None if self.deepspeed.lower() in ("", "none", "null") else _find_config(self.deepspeed)
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.deepspeed:
+            _check_deepspeed(self)
+            _stand_alone()
+        super().__post_init__()
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.n_gpu} GPUs: launch with `deepspeed run_pretrain.py ...`, which uses them "
+                "all, or show it one with CUDA_VISIBLE_DEVICES."
+            )
+
+    def _check_ranges(self):
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be above 0 and finite, got {value}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+        counts = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_eval_samples"
+        for name in counts.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("weight_decay", "sample_steps", "loss_chunk_tokens"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}.")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps must be at least 1, or -1 to train num_train_epochs, got {self.max_steps}.")
+        if self.max_steps > 0 and self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} is not below max_steps = {self.max_steps}: the learning rate "
+                "would never reach its peak. Lower warmup_steps (below 1 it is a share of the run)."
+            )
+        if self.save_total_limit is not None and self.save_total_limit < 2:
+            raise ValueError(
+                f"save_total_limit must be at least 2, got {self.save_total_limit}: with 1, a crash while saving "
+                "leaves no checkpoint at all."
+            )
+        if not self.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices must be true: without it ranks with fewer targets weigh too much."
+            )
+        if self.hub_token is not None:
+            raise ValueError("hub_token must not be in arguments: set HF_TOKEN or run `hf auth login`.")
+
+    def _check_optimizer(self):
+        if "bnb" in str(self.optim) and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"optim = {self.optim} needs bitsandbytes, which is not installed: pip install bitsandbytes, or set "
+                "optim=adamw_torch_fused (32-bit state: 4 times its memory)."
+            )
+
+
+def _one_of(name, value, choices):
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{name} = {value!r} is not one of {', '.join(choices)}.{hint}")
+
+
+def _find_config(path):
+    """The DeepSpeed JSON at `path`, relative to the working directory or to the installed package."""
+    for candidate in (Path(path).expanduser(), PACKAGE_DIR / path):
+        if candidate.is_file():
+            return str(candidate)
+    shipped = ", ".join(f"ds_configs/{p.name}" for p in sorted((PACKAGE_DIR / "ds_configs").glob("*.json")))
+    raise ValueError(f"deepspeed = {path} is not a file. Shipped: {shipped}; null trains without DeepSpeed.")
+
+
+def _stand_alone():
+    """The environment of a run of one process, where no launcher made one: DeepSpeed would ask MPI for it."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in alone.items()})
+
+
+def _check_deepspeed(args):
+    """Refuse what DeepSpeed or accelerate would silently replace (facts: 0.19.8, accelerate 1.15)."""
+    if isinstance(args.deepspeed, str):
+        try:
+            config = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"deepspeed = {args.deepspeed} is not JSON: {error}.") from None
+    else:
+        config = args.deepspeed
+    if args.use_cpu:
+        header = Path(sysconfig.get_paths()["include"], "Python.h")
+        missing = (
+            "a C++ compiler (g++)"
+            if not shutil.which(os.environ.get("CXX", "c++"))
+            else ("" if header.is_file() else f"Python's headers ({header})")
+        )
+        if missing:
+            raise ValueError(
+                f"deepspeed = {args.deepspeed} builds a small extension on a CPU, and {missing} is missing: install it "
+                "(Debian: apt-get install g++ python3-dev), or train without DeepSpeed: deepspeed=null."
+            )
+    for block, knob in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+        if block in config:
+            raise ValueError(
+                f"deepspeed = {args.deepspeed}: its {block!r} block would silently override {knob}. Take it out."
+            )
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    shared = {
+        "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", micro),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", accumulation),
+        "gradient_clipping": ("max_grad_norm", args.max_grad_norm),
+        "train_batch_size": ("micro-batch x accumulation x ranks", micro * accumulation * world),
+    }
+    for key, (knob, value) in shared.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise ValueError(f'deepspeed = {args.deepspeed}: {key} = {config[key]}, but {knob} = {value}. Say "auto".')
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload == "cpu" and config.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            f"deepspeed = {args.deepspeed}: offload_optimizer would silently replace optim = {args.optim} by "
+            'DeepSpeed\'s own. Write "zero_force_ds_cpu_optimizer": false.'
+        )

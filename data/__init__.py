@@ -1,0 +1,1 @@
+"""Text to tokens to packed blocks: corpus, tokenization, packing, manifest, prepare."""

@@ -1,0 +1,165 @@
+"""Documents: the texts of readers, judged row by row, in batches with a position from which reading can go on."""
+
+import copy
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from . import readers
+from .readers import Damaged
+
+BAD_ROWS = ("error", "skip")
+PART_BYTES = 64 * 2**20  # of text in one part, so that a few hundred MB already occupy several processes
+MOST_PARTS = 1024  # a set's parts grow beyond this, so that a manifest stays short
+
+
+@dataclass
+class Batch:
+    """Texts, none blank, all UTF-8; `position` is where the part's reading goes on after them."""
+
+    texts: list[str]
+    position: list
+
+
+@dataclass
+class Tally:
+    """What was passed over: null or blank rows, bad rows, and the first bad one in a sentence."""
+
+    skipped: int = 0
+    bad: int = 0
+    first_bad: str | None = None
+
+
+@dataclass
+class Documents:
+    """The documents of readers, one after another.
+
+    Attributes:
+        readers: See `readers`.
+        bad_rows: "error" stops at a row that is no text (a number, bytes, a lone surrogate, no JSON), naming it;
+            "skip" counts it.
+        tally: What was passed over so far, by this object's own iteration.
+        documents: Documents given out so far, by this object's own iteration.
+
+    Raises ValueError while iterating: a bad row, a damaged file; names the source and the row, counted from 1.
+    """
+
+    readers: list
+    bad_rows: str = "error"
+    documents: int = field(default=0, init=False)
+    tally: Tally = field(default_factory=Tally, init=False)
+
+    def __post_init__(self):
+        if self.bad_rows not in BAD_ROWS:
+            raise ValueError(f"bad_rows must be one of {', '.join(BAD_ROWS)}, got {self.bad_rows!r}.")
+        self._iterator = None
+
+    @property
+    def skipped(self) -> int:
+        return self.tally.skipped
+
+    @property
+    def bytes(self) -> int | None:
+        """What there is to read; None where a source does not say."""
+        sizes = [reader.bytes for reader in self.readers]
+        return None if None in sizes else sum(sizes)
+
+    def __iter__(self) -> "Documents":
+        return self
+
+    def __next__(self) -> str:
+        if self._iterator is None:
+            self._iterator = (text for batch in self.batches(None, self.tally) for text in batch.texts)
+        text = next(self._iterator)
+        self.documents += 1
+        return text
+
+    def parts(self) -> list["Documents"]:
+        """Cut into parts that can be read alone: the same ones on every machine, and this whole in their order."""
+        size = max(PART_BYTES, (self.bytes or 0) // MOST_PARTS)
+        parts, held = [[]], 0
+        for piece in (piece for reader in self.readers for piece in reader.pieces(size)):
+            if parts[-1] and (piece.bytes is None or held + piece.bytes > size):
+                parts.append([])
+                held = 0
+            parts[-1].append(piece)
+            held += piece.bytes or 0
+        return [self._part(part) for part in parts]
+
+    def _part(self, part: list) -> "Documents":
+        made = copy.copy(self)
+        made.readers, made.documents, made.tally, made._iterator = part, 0, Tally(), None
+        return made
+
+    def batches(self, position: list | None, tally: Tally) -> Iterator[Batch]:
+        """Yield batches of about readers.READ_BYTES characters, from a batch's position on (None: the start)."""
+        first, within = position or (0, None)
+        texts, size, here = [], 0, position
+        for number in range(first, len(self.readers)):
+            reader = self.readers[number]
+            for values, before, after in _readable(reader, within):
+                found = self._judge(reader, values, before, tally)
+                texts += found
+                size += sum(map(len, found))
+                here = [number, after]
+                if size >= readers.READ_BYTES:
+                    yield Batch(texts, here)
+                    texts, size = [], 0
+            within = None
+        if texts:
+            yield Batch(texts, here)
+
+    def _judge(self, reader, values: list, position, tally: Tally) -> list[str]:
+        texts = []
+        for index, value in enumerate(values):
+            if isinstance(value, str) and value.isascii() and not value.isspace() and value:
+                texts.append(value)
+            elif value is None or (isinstance(value, str) and (not value or value.isspace())):
+                tally.skipped += 1
+            elif (problem := _problem(value)) is None:
+                texts.append(value)
+            else:
+                sentence = f"{reader.name}: row {reader.row(position, index)} {problem}"
+                if self.bad_rows == "error":
+                    raise ValueError(f"{sentence} (bad_rows=skip passes such rows over and counts them).")
+                tally.bad += 1
+                if tally.first_bad is None:
+                    tally.first_bad = f"{os.path.basename(reader.name)}{sentence[len(reader.name) :]}"
+        return texts
+
+
+def _readable(reader, position) -> Iterator[tuple[list, object, object]]:
+    """Yield (values, position before, position after); what a reader raises becomes a sentence on how far it came."""
+    at = position
+    try:
+        for values, after in reader.read(position):
+            yield values, at, after
+            at = after
+    except Exception as error:  # pyarrow, pandas, zlib, gzip, fsspec and datasets each raise their own
+        try:
+            row = reader.row(at, -1)
+        except Exception:
+            row = "the last one read"
+        reason = f"cannot be read past row {row} ({one_line(error)})"
+        raise ValueError(f"{reader.name}: {reason}; repair it or leave it out.") from error
+
+
+def _problem(value) -> str | None:
+    """Say what keeps a value from being a document, None if nothing does."""
+    if isinstance(value, Damaged):
+        return f"cannot be read ({value.reason.rstrip('.')}); repair it"
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        return f"is {kind} {str(value)[:40]!r}, not text; name another text_column or convert the column to strings"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return (
+            f"holds the lone surrogate {value[error.start]!r} at character {error.start}, which UTF-8 cannot hold; "
+            "replace it, for example with U+FFFD"
+        )
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__).rstrip(".")[:300]

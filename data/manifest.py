@@ -1,0 +1,171 @@
+"""What a prepared set is, and whether it is whole: manifest.json, written last, names every file with size and hash."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+FILE_NAME = "manifest.json"
+FORMAT_VERSION = 1
+# What decides the tokens. Another value of one of these is another set.
+IDENTITY = (
+    "format_version",
+    "source",
+    "validation_fraction",
+    "tokenizer_hash",
+    "eos_token_id",
+    "vocab_size",
+    "block_size",
+    "packing",
+)
+
+
+@dataclass
+class Manifest:
+    """A prepared set's record.
+
+    Attributes:
+        source: What `corpus.describe_source` said, text_column included.
+        tokenizer_hash: sha256, see `tokenization.tokenizer_hash`.
+        vocab_size: Every id is below it.
+        splits: For "train" and "validation": documents, tokens (EOS included), bytes (UTF-8), blocks,
+            remainder_tokens (dropped: tokens == blocks * block_size + remainder_tokens), files.
+        skipped_rows: Null or blank rows of the source.
+        files: For each file: bytes and sha256.
+        versions: Libraries that made it; not part of its identity.
+        reused: True where `prepare` found the set already there; not stored.
+    """
+
+    source: dict
+    validation_fraction: float
+    tokenizer_hash: str
+    eos_token_id: int
+    vocab_size: int
+    block_size: int
+    packing: str
+    splits: dict[str, dict] = field(default_factory=dict)
+    skipped_rows: int = 0
+    files: dict[str, dict] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    reused: bool = field(default=False, compare=False)
+
+    @property
+    def identity(self) -> dict:
+        """What decides the tokens, as JSON values; a Hub commit is recorded but does not tell two sets apart."""
+        identity = {name: getattr(self, name) for name in IDENTITY}
+        identity["source"] = {key: value for key, value in self.source.items() if key != "dataset_commit"}
+        return json.loads(json.dumps(identity))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the identity, the counts and every file's sha256: equal for equal sets, anywhere."""
+        hashes = {name: entry["sha256"] for name, entry in self.files.items()}
+        text = json.dumps([self.identity, self.splits, hashes], sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+    def save(self, prepared_dir: str | os.PathLike) -> None:
+        """Write manifest.json: whole or not at all, on the disk when this returns."""
+        path = Path(prepared_dir, FILE_NAME)
+        values = {name: value for name, value in asdict(self).items() if name != "reused"}
+        temporary = path.with_name(f".{FILE_NAME}.partial")
+        temporary.write_text(
+            json.dumps(values | {"fingerprint": self.fingerprint}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+
+    @classmethod
+    def load(cls, prepared_dir: str | os.PathLike) -> "Manifest":
+        """Read manifest.json.
+
+        Raises:
+            ValueError: prepared_dir is no prepared set, or its manifest is damaged or of another format.
+        """
+        path = Path(prepared_dir, FILE_NAME)
+        if not path.is_file():
+            raise ValueError(f"{prepared_dir} is not a prepared set (it has no {FILE_NAME}); prepare it first.")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version, fingerprint = values["format_version"], values.pop("fingerprint")
+            manifest = cls(**values) if version == FORMAT_VERSION else None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete {prepared_dir} and prepare it again.") from error
+        if manifest is None:
+            raise ValueError(
+                f"{path} has format_version {version}, this version reads {FORMAT_VERSION}; prepare it anew."
+            )
+        if manifest.fingerprint != fingerprint:
+            raise ValueError(
+                f"{path} is damaged (fingerprint {fingerprint} is written, its values give {manifest.fingerprint}); "
+                f"delete {prepared_dir} and prepare it again."
+            )
+        return manifest
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Have a file or directory reach the disk before anything that names it does."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe_file(path: str | os.PathLike) -> dict:
+    """Return a file's base name, bytes and sha256."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": os.path.basename(path), "bytes": os.path.getsize(path), "sha256": digest}
+
+
+def verify(prepared_dir: str | os.PathLike, sha256: bool = False) -> Manifest:
+    """Check that a prepared set is whole: every file there and of its size; with sha256, every byte.
+
+    Raises:
+        ValueError: Names the first file that is missing or differs, and how.
+    """
+    manifest = Manifest.load(prepared_dir)
+    remedy = f"delete {prepared_dir} and prepare it again."
+    for name, entry in manifest.files.items():
+        path = Path(prepared_dir, name)
+        if not path.is_file():
+            raise ValueError(f"{path} is missing from the prepared set; {remedy}")
+        if (size := path.stat().st_size) != entry["bytes"]:
+            raise ValueError(f"{path} is damaged: it holds {size} bytes, its manifest says {entry['bytes']}; {remedy}")
+        if sha256 and (found := describe_file(path)["sha256"]) != entry["sha256"]:
+            raise ValueError(
+                f"{path} is damaged: its sha256 is {found[:16]}, its manifest says {entry['sha256'][:16]}; {remedy}"
+            )
+    return manifest
+
+
+def check_identity(found: Manifest, wanted: Manifest, prepared_dir: str | os.PathLike) -> None:
+    """Refuse a prepared set that is not the one asked for.
+
+    Raises:
+        ValueError: Names the first key that differs and both values.
+    """
+    held, asked = _flat(found.identity), _flat(wanted.identity)
+    for key in [*asked, *held]:
+        old, new = held.get(key), asked.get(key)
+        if old != new:
+            raise ValueError(
+                f"{prepared_dir} was prepared with {key} {_shown(old, new)}, but {_shown(new, old)} is asked for; "
+                "give another prepared_dir, or delete that one to prepare it anew."
+            )
+
+
+def _flat(identity: dict) -> dict:
+    """Return the identity with source's keys beside the others, so that a difference is named by its own key."""
+    source = {f"source.{key}": value for key, value in identity["source"].items()}
+    return {key: value for key, value in identity.items() if key != "source"} | source
+
+
+def _shown(value, other) -> str:
+    """Return a value for a message; of a list, its first item that the other one lacks."""
+    if isinstance(value, list) and isinstance(other, list):
+        value = next((item for item in value if item not in other), f"{len(value)} in another order or number")
+    return json.dumps(value)

@@ -1,0 +1,150 @@
+"""Ids to blocks: documents end to end, cut into full rows; and the collator that keeps attention inside a document."""
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+PACKINGS = ("concat",)
+IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss's ignore_index
+
+
+def check_packing(packing: str) -> None:
+    """Raise ValueError unless packing is a way that exists."""
+    if packing not in PACKINGS:
+        raise ValueError(f"packing must be one of {', '.join(PACKINGS)}, got {packing!r}.")
+
+
+class Packer:
+    """Lay documents end to end and cut full rows off as they fill, holding less than one row back.
+
+    Attributes:
+        tokens: Tokens put in so far.
+        blocks: Rows cut off so far, so tokens == blocks * block_size + remainder at any time.
+
+    Raises:
+        ValueError: block_size is below 2, or packing is unknown.
+
+    Source: concatenate and chunk, as in GPT-3 (Brown et al. 2020, section 2.2).
+    """
+
+    def __init__(self, block_size: int, packing: str = "concat"):
+        if block_size < 2:
+            raise ValueError(f"block_size must be at least 2 (one input, one target), got {block_size}.")
+        check_packing(packing)
+        self.block_size = block_size
+        self.tokens = 0
+        self.blocks = 0
+        self._tail = np.empty(0, dtype=np.uint16)  # a narrow type yields to the documents' own
+
+    @property
+    def remainder(self) -> int:
+        """Tokens that do not fill a row yet: at most block_size - 1."""
+        return len(self._tail)
+
+    def add(self, documents: Iterable[np.ndarray]) -> np.ndarray:
+        """Take documents' ids, each already ending in EOS; return the rows they complete, [n, block_size], n >= 0."""
+        documents = [np.asarray(document) for document in documents]
+        if not documents:
+            return np.empty((0, self.block_size), dtype=self._tail.dtype)
+        stream = np.concatenate([self._tail, *documents] if len(self._tail) else documents)
+        self.tokens += len(stream) - len(self._tail)
+        filled = len(stream) // self.block_size
+        self.blocks += filled
+        self._tail = stream[filled * self.block_size :].copy()  # a view would keep the whole stream alive
+        return stream[: filled * self.block_size].reshape(filled, self.block_size)
+
+
+def pack_blocks(documents: Iterable, block_size: int) -> np.ndarray:
+    """Lay documents end to end and cut them into full rows.
+
+    Args:
+        documents: Token ids of each document, each already ending in EOS.
+        block_size: Tokens per row.
+
+    Returns:
+        Array [num_blocks, block_size]. The last, unfilled row is dropped: fewer than block_size tokens a corpus.
+
+    Raises:
+        ValueError: The corpus is shorter than one block.
+    """
+    packer = Packer(block_size)
+    blocks = packer.add(documents)
+    if not packer.blocks:
+        raise ValueError(
+            f"One block needs {block_size} tokens, the documents hold {packer.tokens}; give more or lower block_size."
+        )
+    return blocks
+
+
+def document_starts(input_ids: np.ndarray, eos_token_id: int) -> np.ndarray:
+    """Mark the first token of each document in rows [B, S]: after every EOS, and where a row starts."""
+    starts = np.empty(input_ids.shape, dtype=bool)
+    starts[:, 0] = True
+    starts[:, 1:] = input_ids[:, :-1] == eos_token_id
+    return starts
+
+
+@dataclass
+class PackedCollator:
+    """Make a batch of packed rows, with the boundaries of their documents.
+
+    Never emits attention_mask: with one, or with a cache (model.config.use_cache must be False), transformers does not
+    look at position_ids and attention silently runs across documents.
+
+    Args:
+        eos_token_id: The last token of every document; it stays a target.
+        intra_document_masking: Keep attention inside a document. False: plain causal rows, no position_ids.
+        cu_seq_lens: Also emit what flash-attention 2 needs; with rows side by side (B > 1) it does not look at
+            position_ids. sdpa and eager pay it no heed.
+
+    Returns (called on a list of {"input_ids": [S]}):
+        input_ids, labels: int64 [B, S]. labels repeat input_ids (the model shifts them), but are -100 on the first
+            token of each document, which nothing before it can foretell (masking off: on the first of the row).
+        position_ids: int64 [B, S], 0 at the first token of each document and of each row.
+        cu_seq_lens_q, cu_seq_lens_k: int32 [documents + 1], boundaries in the flattened B * S, from 0 to B * S.
+        max_length_q, max_length_k: int, the longest document's tokens.
+
+    Source: transformers 5.23, masking_utils.find_packed_sequence_indices, modeling_flash_attention_utils.
+    """
+
+    eos_token_id: int
+    intra_document_masking: bool = True
+    cu_seq_lens: bool = False
+
+    def __call__(self, features: list[dict]) -> dict:
+        import torch
+
+        _leave_signals_to_trainer()
+        input_ids = np.stack([np.asarray(feature["input_ids"]) for feature in features]).astype(np.int64)
+        if not self.intra_document_masking:
+            labels = input_ids.copy()
+            labels[:, 0] = IGNORED_LABEL
+            return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+        starts = document_starts(input_ids, self.eos_token_id)
+        column = np.arange(input_ids.shape[1])
+        positions = column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)
+        labels = np.where(starts, IGNORED_LABEL, input_ids)
+        batch = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
+        batch = {name: torch.from_numpy(values) for name, values in batch.items()}
+        if self.cu_seq_lens:
+            bounds = np.append(np.flatnonzero(starts), starts.size)
+            longest = int(np.diff(bounds).max())
+            bounds = torch.from_numpy(bounds.astype(np.int32))
+            batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            batch |= {"max_length_q": longest, "max_length_k": longest}
+        return batch
+
+
+def _leave_signals_to_trainer() -> None:
+    """In a DataLoader worker, ignore SIGTERM and SIGINT.
+
+    A launcher that stops a run signals the workers too, and a worker killed while the trainer saves its last
+    checkpoint takes that checkpoint with it. Workers end with their parent in any case.
+    """
+    from torch.utils.data import get_worker_info
+
+    if get_worker_info() is not None and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

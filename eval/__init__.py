@@ -1,0 +1,1 @@
+"""Measure a language model: perplexity and bits per byte of held-out text."""

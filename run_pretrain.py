@@ -1,0 +1,289 @@
+"""Pre-train a causal language model from random weights.
+
+    deepspeed run_pretrain.py args.json [key=value ...]
+
+Text becomes tokens, tokens become packed rows, rows train the model, and what was held out judges it. This file is
+the order of that story; each call below is a room of its own. `--help` lists every key.
+"""
+
+import dataclasses
+import gc
+import os
+import sys
+import time
+from argparse import SUPPRESS, ArgumentParser
+from itertools import islice
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"  # DeepSpeed's ninja
+
+import datasets
+import deepspeed
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import AutoModelForCausalLM, ProgressCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import get_model_param_count
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+
+if __package__:
+    from .arguments import DataArguments, ModelArguments, PretrainArguments
+    from .command_line import parse_args
+    from .data import corpus, packing, prepare, tokenization
+    from .eval import perplexity
+    from .training import loss, model, record, trainer
+else:
+    from arguments import DataArguments, ModelArguments, PretrainArguments
+    from command_line import parse_args
+    from data import corpus, packing, prepare, tokenization
+    from eval import perplexity
+    from training import loss, model, record, trainer
+
+ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
+SOURCE = ("dataset_name", "dataset_config_name", "dataset_split", "dataset_revision", "data_files", "text_column")
+HERE = Path(__file__).resolve().parent
+RANK = int(os.environ.get("RANK", 0))
+TOKENIZER_DOCUMENTS = 100_000  # a BPE's merges settle long before; the built-in text has 600
+
+
+transformers.utils.logging.disable_progress_bar()  # "Writing model shards" would break our own bar
+datasets.disable_progress_bars()
+
+
+def say(sentence):
+    """One line from the first rank."""
+    if RANK == 0:
+        print(sentence, flush=True)
+
+
+def fail(error):
+    """One line from the first rank and exit status 2 on all; the others wait, or a launcher would cut the line off."""
+    if RANK != 0:
+        time.sleep(20)
+        sys.exit(2)
+    ArgumentParser(prog="run_pretrain.py", usage=SUPPRESS).error(" ".join(str(error).split()))
+
+
+def refuse_used_directory(args):
+    """Nothing of an earlier run is lost: its directory is gone on with by name, or left alone."""
+    earlier = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    finished = os.path.isfile(os.path.join(args.output_dir, "model.safetensors"))
+    if args.resume_from_checkpoint is None and (earlier or finished):
+        remedy = f"resume_from_checkpoint={earlier} goes on from there; " if earlier else ""
+        raise ValueError(
+            f"output_dir = {args.output_dir} holds an earlier run: {remedy}another output_dir starts a new one."
+        )
+    if args.resume_from_checkpoint is not None and not os.path.isdir(args.resume_from_checkpoint):
+        raise ValueError(f"resume_from_checkpoint = {args.resume_from_checkpoint} is not a directory.")
+
+
+def write_start(parsed, prepared_dir):
+    """run.json before the first step: what was asked, with what, on which data."""
+    arguments = {}
+    for part in parsed:
+        values = part.to_dict() if hasattr(part, "to_dict") else dataclasses.asdict(part)
+        names = {field.name for field in dataclasses.fields(part) if field.init and not field.name.endswith("_token")}
+        arguments |= {name: value for name, value in values.items() if name in names}
+    manifest = prepare.Manifest.load(prepared_dir)
+    splits = manifest.splits
+    record.write_run(
+        arguments["output_dir"],
+        arguments=arguments,
+        versions=record.versions(),
+        git_commit=record.git_commit(HERE),
+        data={
+            **{key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "blocks")},
+            "fingerprint": manifest.fingerprint,
+            "source": manifest.source,
+            "splits": splits,
+        },
+    )
+
+
+def prepare_data(model_args, data_args, args, config):
+    """Text to tokenizer and packed set. The first rank makes them, the others find them made."""
+    prepared_dir = data_args.prepared_dir or os.path.join(args.output_dir, "prepared")
+    source = {field: getattr(data_args, field) for field in SOURCE}
+    with args.main_process_first(local=False, desc="preparing data"):
+        if RANK == 0:
+            wanted = model.tokenizer_source(model_args.model_name, model_args.tokenizer_name)
+            if wanted == model.TRAIN:
+                documents = islice(corpus.read_documents(**source), TOKENIZER_DOCUMENTS)
+                tokenizer = tokenization.train_tokenizer(documents, config.vocab_size)
+            else:
+                tokenizer = tokenization.load_tokenizer(wanted)
+            model.fit_config(config, tokenizer, data_args.block_size)
+            manifest = prepare.prepare(
+                corpus.read_documents(**source),
+                tokenizer,
+                data_args.block_size,
+                prepared_dir,
+                source=corpus.describe_source(**source),
+                validation_fraction=data_args.validation_fraction,
+                packing=data_args.packing,
+                progress=not args.disable_tqdm,
+            )
+            tokenizer.save_pretrained(args.output_dir)
+            say(f"data: {describe_set(manifest)}{', found in' if manifest.reused else ', written to'} {prepared_dir}.")
+    if RANK != 0:
+        tokenizer = tokenization.load_tokenizer(args.output_dir)
+        model.fit_config(config, tokenizer, data_args.block_size)
+    return tokenizer, prepared_dir
+
+
+def describe_set(manifest):
+    parts = [
+        f"{name} {split['documents']:,} documents, {split['tokens']:,} tokens, {split['blocks']:,} rows of "
+        f"{manifest.block_size}"
+        for name, split in manifest.splits.items()
+    ]
+    return "; ".join(parts)
+
+
+def load_sets(data_args, args, prepared_dir):
+    """Training rows and the held-out rows that are scored during training.
+
+    Raises:
+        ValueError: Fewer rows than one step takes.
+    """
+    train = prepare.load_blocks(prepared_dir, "train")
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if len(train) < a_step:
+        raise ValueError(
+            f"one step takes {a_step} rows (per_device_train_batch_size {args.per_device_train_batch_size} x "
+            f"gradient_accumulation_steps {args.gradient_accumulation_steps} x {args.world_size} ranks), the set has "
+            f"{len(train)} of {data_args.block_size} tokens: lower one of them or block_size, or give more text."
+        )
+    held_out = prepare.load_blocks(prepared_dir, "validation") if data_args.validation_fraction else []
+    if not len(held_out):
+        args.eval_strategy = IntervalStrategy.NO
+        say("no held-out row: held-out loss is not measured during training (see validation_fraction, block_size).")
+    elif len(held_out) > args.max_eval_samples:
+        held_out = held_out.select(range(0, len(held_out), -(-len(held_out) // args.max_eval_samples)))
+    return train, held_out
+
+
+def make_trainer(model_args, data_args, args, config, tokenizer, sets):
+    """Model from random weights, its loss, the collator and the record, in one Trainer."""
+    attention, why = model.choose_attention(model_args.attn_implementation, args.device)
+    zero3 = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
+    if zero3:
+        deepspeed.init_distributed()  # the model is split over DeepSpeed's own group as it is built
+    network = model.random_model(config, args.seed, attention)
+    size = get_model_param_count(network)
+    say(f"model: {size:,} parameters from random weights (seed {args.seed}); {attention}: {why}.")
+    chunk = loss.default_chunk(config.vocab_size) if args.loss_chunk_tokens is None else args.loss_chunk_tokens
+    refused = "as asked" if not chunk else "Liger brings its own" if args.use_liger_kernel else ""
+    refused = refused or ("ZeRO-3 shares the head out" if zero3 else loss.install_chunked_loss(network, chunk))
+    say(f"loss: the model's own ({refused})." if refused else f"loss: in chunks of {chunk} tokens.")
+    log = record.Record(args.output_dir, tokenizer, args.device, zero3)
+    made = trainer.PretrainTrainer(
+        model=network,
+        args=args,
+        train_dataset=sets[0],
+        eval_dataset=sets[1],
+        processing_class=tokenizer,
+        data_collator=packing.PackedCollator(
+            tokenizer.eos_token_id, data_args.intra_document_masking, cu_seq_lens=attention == "flash_attention_2"
+        ),
+        callbacks=[log],
+    )
+    made.remove_callback(ProgressCallback)
+    made.remove_callback(PrinterCallback)
+    return made, log
+
+
+def judge(args, config, tokenizer, prepared_dir, window):
+    """Score the held-out documents with the exported model, with its random twin and with a unigram model.
+
+    The window is a training row: positions past it were never trained. Every rank scores its share and gets all
+    three results.
+    """
+    unset_hf_deepspeed_config()  # or ZeRO-3 would split these models too
+    documents = list(prepare.load_validation_documents(prepared_dir))
+    mine = documents[RANK :: args.world_size]
+    dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
+    sums = {}
+    for name in ("trained", "random"):
+        if name == "trained":
+            network = AutoModelForCausalLM.from_pretrained(args.output_dir, dtype=dtype)
+        else:
+            network = model.random_model(config, args.seed, "sdpa").to(dtype)
+        sums[name] = perplexity.score_documents(
+            network.to(args.device),
+            tokenizer,
+            mine,
+            window=window,
+            progress=RANK == 0 and not args.disable_tqdm,
+        )
+        del network
+        gc.collect()
+    sums["unigram"] = perplexity.unigram_nll(prepare.load_unigram_counts(prepared_dir), tokenizer, mine)
+    gathered = [sums]
+    if args.world_size > 1:
+        gathered = [None] * args.world_size
+        dist.all_gather_object(gathered, sums)
+    return {name: perplexity.summarize(perplexity.merge([part[name] for part in gathered])) for name in sums}
+
+
+def report(args, log, results, tokens_seen):
+    """Print and record the end of the run."""
+    result = {"tokens_seen": tokens_seen, "tokens_per_second": round(log.tokens_per_second, 1)}
+    rate = f"{tokens_seen:,} tokens seen, {log.tokens_per_second:,.0f} tokens/s"
+    if results:
+        result |= {
+            "bits_per_byte": results["trained"]["bits_per_byte"],
+            "random_bits_per_byte": results["random"]["bits_per_byte"],
+            "unigram_bits_per_byte": results["unigram"]["bits_per_byte"],
+            "held_out": results["trained"],
+        }
+        say(
+            f"held-out bits per byte: {result['bits_per_byte']:.4f} (random weights "
+            f"{result['random_bits_per_byte']:.4f}, unigram model {result['unigram_bits_per_byte']:.4f}), over "
+            f"{results['trained']['documents']} documents, window {results['trained']['window']}, stride "
+            f"{results['trained']['stride']}."
+        )
+    record.write_run(args.output_dir, result=result)
+    say(f"done: {rate}. The model is in {args.output_dir}; training_log.md and report/ there say how it went.")
+
+
+def main(argv=None):
+    """Run the story; exit status 2 and one line for what the user can mend."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "debug=true" in argv
+    try:
+        arguments = parse_args([word for word in argv if word != "debug=true"], ARGUMENTS)
+        model_args, data_args, args = arguments
+        refuse_used_directory(args)
+        config = model.load_config(model_args.model_name, model_args.config_overrides)
+        model.choose_attention(model_args.attn_implementation, args.device)
+        tokenizer, prepared_dir = prepare_data(model_args, data_args, args, config)
+        sets = load_sets(data_args, args, prepared_dir)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        fail(error)
+    if RANK == 0:
+        write_start(arguments, prepared_dir)
+    made, log = make_trainer(model_args, data_args, args, config, tokenizer, sets)
+    if RANK == 0:
+        record.write_run(args.output_dir, parameters=get_model_param_count(made.model))
+    made.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    tokens_seen = made.state.num_input_tokens_seen
+    made.export(args.output_dir)
+    del made
+    gc.collect()
+    results = (
+        judge(args, config, tokenizer, prepared_dir, data_args.block_size) if data_args.validation_fraction else None
+    )
+    if RANK == 0:
+        report(args, log, results, tokens_seen)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Where text comes from: the built-in sample, local files, and what is said when they cannot be read."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from smolpretrain.data.corpus import builtin_documents, describe_source, is_validation, read_documents
+
+HASH_OF_BUILTIN = (
+    "import hashlib; from smolpretrain.data.corpus import builtin_documents;"
+    "print(hashlib.sha256(repr(builtin_documents()).encode()).hexdigest())"
+)
+
+
+def jsonl(path: Path, *rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_the_builtin_text_is_about_2_mb_of_500_distinct_documents():
+    documents = builtin_documents()
+    assert len(documents) > 500 and len(set(documents)) > 0.99 * len(documents)
+    assert 1.5e6 < sum(len(text.encode("utf-8")) for text in documents) < 3.5e6
+    assert any(text.startswith("json.decoder\n\nImplementation of JSONDecoder\n\n") for text in documents)
+    assert any("JSONDecoder.decode\n\nReturn the Python representation" in text for text in documents)
+    assert sum("statement" in text for text in documents) > 30  # the language reference is in it
+
+
+def test_the_builtin_text_is_the_same_in_every_process():
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", HASH_OF_BUILTIN], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True
+        )
+        for seed in ("1", "2")
+    ]
+    assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout) == 65, runs[0].stderr
+
+
+def test_the_builtin_text_imports_no_library_module():
+    code = "import sys; from smolpretrain.data.corpus import *; builtin_documents(); assert 'turtle' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_kind_of_file_is_read_kind_after_kind_in_sorted_order(tmp_path):
+    jsonl(tmp_path / "b.jsonl", {"text": "b1", "other": 1}, {"text": "b2", "other": "x"})
+    jsonl(tmp_path / "a [1].jsonl", {"text": "a1"})
+    (tmp_path / "c.json").write_text('[{"text": "c1"}, {"text": "c2"}]')
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "d1"}\n'))
+    (tmp_path / "e.json.gz").write_bytes(gzip.compress(b'[{"text": "e1"}]'))
+    (tmp_path / "f.csv").write_text('text,n\n"f1, quoted",1\nNA,2\n12,3\n')
+    (tmp_path / "g.txt").write_text("g1 line one\n\nline two\n")
+    pq.write_table(pa.table({"text": ["h1"], "n": [1]}), tmp_path / "h.parquet")
+    (tmp_path / "f2.csv").write_text("text\n13\n")
+    for name in ("empty.jsonl", "empty.csv", "empty.txt", "empty.parquet"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
+    files = [str(tmp_path / "*.*"), str(tmp_path / "b.jsonl")]  # given twice, read once
+    csv, parquet, text = ["f1, quoted", "NA", "12", "13"], ["h1"], ["g1 line one\n\nline two\n"]
+    assert list(read_documents(data_files=files)) == [*csv, "a1", "b1", "b2", "c1", "c2", "d1", "e1", *parquet, *text]
+
+
+def test_a_single_path_and_another_column_are_taken(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"body": "x"})
+    assert list(read_documents(data_files=path, text_column="body")) == ["x"]
+
+
+def test_null_empty_and_blank_rows_are_skipped_and_counted(tmp_path):
+    rows = [{"text": text} for text in ("one", None, "", " \n\t", "two")]
+    documents = read_documents(data_files=[jsonl(tmp_path / "a.jsonl", *rows, {"other": 1})])
+    assert list(documents) == ["one", "two"]
+    assert (documents.documents, documents.skipped) == (2, 4)
+
+
+def test_a_local_directory_is_a_dataset_name(tmp_path):
+    jsonl(tmp_path / "train.jsonl", {"text": "x"})
+    jsonl(tmp_path / "test.jsonl", {"text": "y"})
+    assert list(read_documents(dataset_name=str(tmp_path))) == ["x"]
+    assert list(read_documents(dataset_name=str(tmp_path), dataset_split="test")) == ["y"]
+    with pytest.raises(ValueError, match="there is no split 'dev'; set dataset_split to one of train, test"):
+        read_documents(dataset_name=str(tmp_path), dataset_split="dev")
+    with pytest.raises(ValueError, match="no column 'body'; set text_column to one of text"):
+        read_documents(dataset_name=str(tmp_path), text_column="body")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sentence"),
+    [
+        ("none.jsonl", r"no file matches .*none\.jsonl; check the path\."),
+        ("*.json", r"no file matches .*\*\.json; check the path\."),
+        ("", r"it is a directory, give .*/\*\.jsonl\."),
+        ("a.pdf", r"a\.pdf is not of a kind that can be read; it must end in \.jsonl, .*\.csv\."),
+        ("a.jsonl", r"a\.jsonl: no column 'text'; set text_column to one of body, n\."),
+        ("a.csv", r"a\.csv: no column 'text'; set text_column to one of body, n\."),
+        ("broken.parquet", r"broken\.parquet: cannot be read as parquet \(.*\); repair it or leave it out\."),
+        ("broken.jsonl", r"broken\.jsonl: cannot be read as json \(.*\); repair it or leave it out\."),
+        ("cut.jsonl.gz", r"cut\.jsonl\.gz: cannot be read as json \(Compressed file ended .*\); repair it"),
+    ],
+)
+def test_files_that_cannot_serve_are_refused_before_anything_is_read(tmp_path, pattern, sentence):
+    jsonl(tmp_path / "a.jsonl", {"body": "x", "n": 1})
+    (tmp_path / "a.csv").write_text("body,n\nx,1\n")
+    (tmp_path / "a.pdf").write_text("x")
+    (tmp_path / "broken.parquet").write_text("PAR0")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{broken\n')
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "d1"}\n' * 50)[:40])
+    with pytest.raises(ValueError, match=sentence) as error:
+        read_documents(data_files=[str(tmp_path / pattern)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ([None, 2, 3], r"a\.parquet: row 2 is int '2', not text; name another text_column or convert"),
+        ([b"ab", None], "row 1 is bytes \"b'ab'\", not text"),
+        ([["a"]], "row 1 is list "),
+    ],
+    ids=["numbers", "bytes", "lists"],
+)
+def test_a_row_that_is_not_text_is_named(tmp_path, values, sentence):
+    pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=sentence):
+        list(read_documents(data_files=str(tmp_path / "a.parquet")))
+
+
+def test_a_number_among_texts_is_named_by_its_row(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"text": None}, {"text": 3})
+    documents = read_documents(data_files=path)
+    assert next(documents) == "a"
+    with pytest.raises(ValueError, match=r"a\.jsonl: row 3 is int '3', not text; name another text_column"):
+        next(documents)
+
+
+def test_a_lone_surrogate_is_refused_in_a_sentence(tmp_path):
+    plain = jsonl(tmp_path / "a.jsonl", {"text": "ok"}, {"text": "\ud800"})
+    with pytest.raises(ValueError, match=r"a\.jsonl: cannot be read as json \(.*surrogate.*\); repair it"):
+        list(read_documents(data_files=plain))
+    mixed = jsonl(tmp_path / "b.jsonl", {"text": 1}, {"text": "x \udc00"})
+    with pytest.raises(ValueError, match=r"b\.jsonl"):
+        list(read_documents(data_files=mixed))
+
+
+def test_damage_further_on_is_told_with_the_row_reached(tmp_path):
+    line = json.dumps({"text": "x" * 1000}) + "\n"
+    path = tmp_path / "a.jsonl"
+    path.write_text(line * 12_000 + "{broken\n")  # past datasets' first read of 10 MiB
+    documents = read_documents(data_files=str(path))
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl: row 12001 cannot be read \(.*\); repair it \(bad_rows=skip passes such rows over"
+    ):
+        list(documents)
+
+
+def test_a_column_is_missed_before_any_text_is_downloaded(tmp_path, monkeypatch):
+    import datasets
+
+    jsonl(tmp_path / "train.jsonl", {"text": "x"})
+    features, splits = (
+        "  features:\n  - name: text\n    dtype: string\n",
+        "  splits:\n  - name: train\n    num_examples: 1\n",
+    )
+    (tmp_path / "README.md").write_text(f"---\ndataset_info:\n{features}{splits}---\n")
+    assert list(read_documents(dataset_name=str(tmp_path))) == ["x"]
+    monkeypatch.setattr(datasets, "load_dataset", None)  # what would download it
+    with pytest.raises(ValueError, match="no column 'body'; set text_column to one of text"):
+        read_documents(dataset_name=str(tmp_path), text_column="body")
+
+
+def test_a_dataset_out_of_reach_is_one_sentence_with_a_remedy(monkeypatch):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'nobody/none'\non the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    with pytest.raises(
+        ValueError, match=r"dataset_name 'nobody/none' \(en\) cannot be loaded .*`hf auth login`"
+    ) as error:
+        read_documents(dataset_name="nobody/none", dataset_config_name="en")
+    assert "\n" not in str(error.value)
+
+
+def test_two_sources_at_once_are_refused():
+    with pytest.raises(ValueError, match="are both given; keep one"):
+        read_documents(dataset_name="a/b", data_files=["c.jsonl"])
+
+
+def test_a_source_is_described_without_absolute_paths(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"text": "x"})
+    described = describe_source(data_files=[path])
+    assert described["data_files"][0]["name"] == "a.jsonl" and described["data_files"][0]["bytes"] == 14
+    assert len(described["data_files"][0]["sha256"]) == 64
+    directory = describe_source(dataset_name=str(tmp_path))
+    assert directory["files"] == described["data_files"] and directory["dataset_name"] == tmp_path.name
+    for source in (described, directory, describe_source()):
+        assert str(tmp_path.parent) not in json.dumps(source)
+
+
+def test_another_text_in_the_same_file_is_another_source(tmp_path):
+    before = describe_source(data_files=[jsonl(tmp_path / "a.jsonl", {"text": "x"})])
+    assert describe_source(data_files=[jsonl(tmp_path / "a.jsonl", {"text": "y"})]) != before
+
+
+def test_about_the_fraction_asked_for_is_held_out():
+    texts = [f"document {number}" for number in range(20_000)]
+    assert sum(is_validation(text, 0.1) for text in texts) == pytest.approx(2000, abs=150)
+    assert not any(is_validation(text, 0.0) for text in texts)
+    tenth = {text for text in texts if is_validation(text, 0.1)}
+    assert tenth < {text for text in texts if is_validation(text, 0.2)}  # a larger fraction keeps the smaller one's

@@ -1,0 +1,300 @@
+"""A prepared set: whole or absent, the same bytes for the same text, refused when it is another or damaged."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smolpretrain.data import prepare as prepare_module
+from smolpretrain.data.corpus import is_validation, read_documents
+from smolpretrain.data.manifest import Manifest, verify
+from smolpretrain.data.prepare import load_blocks, load_unigram_counts, load_validation_documents, prepare
+from smolpretrain.data.tokenization import encode_documents, train_tokenizer
+
+TEXTS = [f"Document {number} says that the {word} sat on the mat.\n\u2028\u20ac" for number in range(60)
+         for word in ("cat", "dog", "<|endoftext|>")]  # fmt: skip
+SOURCE = {"data_files": [{"name": "a.jsonl", "bytes": 1, "sha256": "0" * 64}], "text_column": "text"}
+TOKENIZER = train_tokenizer(TEXTS, 320)
+
+
+def prepared(
+    directory, texts=TEXTS, tokenizer=TOKENIZER, block_size=16, source=SOURCE, validation_fraction=0.1, **more
+):
+    return prepare(iter(texts), tokenizer, block_size, directory, source, validation_fraction, progress=False, **more)
+
+
+def edit(directory, change) -> None:
+    path = directory / "manifest.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def files(directory) -> dict:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_blocks_are_the_training_documents_end_to_end(tmp_path):
+    manifest = prepared(tmp_path / "set")
+    for split, held in (("train", False), ("validation", True)):
+        texts = [text for text in TEXTS if is_validation(text, 0.1) == held]
+        stream = np.concatenate(encode_documents(TOKENIZER, texts))
+        blocks = load_blocks(tmp_path / "set", split)
+        entry = manifest.splits[split]
+        rows = np.stack(list(blocks["input_ids"]))
+        assert rows.reshape(-1).tolist() == stream[: entry["blocks"] * 16].tolist()
+        assert len(blocks) == entry["blocks"] == len(stream) // 16
+        assert entry["tokens"] == len(stream) == entry["blocks"] * 16 + entry["remainder_tokens"]
+        assert entry["documents"] == len(texts) and entry["bytes"] == sum(len(text.encode()) for text in texts)
+        assert (stream == 0).sum() == len(texts)  # one EOS a document, though some hold its text
+
+
+def test_a_token_takes_two_bytes_and_rows_are_memory_mapped(tmp_path):
+    prepared(tmp_path / "set")
+    dataset = Dataset.from_file(str(tmp_path / "set" / "train.arrow"))
+    assert str(dataset.features["input_ids"]) == "List(Value('uint16'), length=16)"
+    assert load_blocks(tmp_path / "set", "train").cache_files[0]["filename"].endswith("train.arrow")
+
+
+def test_identical_documents_never_stand_on_both_sides(tmp_path):
+    manifest = prepared(tmp_path / "set", TEXTS * 3)
+    held = list(load_validation_documents(tmp_path / "set"))
+    assert len(held) == manifest.splits["validation"]["documents"] == 3 * len(set(held))
+    assert manifest.splits["train"]["documents"] == 3 * len(set(TEXTS) - set(held))
+
+
+def test_held_out_text_comes_back_as_it_was(tmp_path):
+    prepared(tmp_path / "set")
+    held = [text for text in TEXTS if is_validation(text, 0.1)]
+    assert list(load_validation_documents(tmp_path / "set")) == held
+    again = read_documents(data_files=str(tmp_path / "set" / "validation_documents.jsonl"))
+    assert list(again) == held  # and it is a data file like any other
+
+
+def test_unigram_counts_are_those_of_the_training_documents(tmp_path):
+    manifest = prepared(tmp_path / "set")
+    counts = load_unigram_counts(tmp_path / "set")
+    assert counts.shape == (manifest.vocab_size,) and counts.dtype == np.int64
+    train = [text for text in TEXTS if not is_validation(text, 0.1)]
+    ids = np.concatenate(encode_documents(TOKENIZER, train))
+    assert counts.tolist() == np.bincount(ids, minlength=len(TOKENIZER)).tolist()
+
+
+def test_two_preparations_are_the_same_bytes_whatever_the_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "RECORD_BATCH_TOKENS", 160)
+    first = prepared(tmp_path / "a")
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 400)
+    assert prepared(tmp_path / "b").fingerprint == first.fingerprint
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_many_record_batches_are_one_dataset(tmp_path, monkeypatch):
+    prepared(tmp_path / "a")
+    monkeypatch.setattr(prepare_module, "RECORD_BATCH_TOKENS", 48)
+    prepared(tmp_path / "b")
+    for split in ("train", "validation"):
+        a, b = (np.stack(list(load_blocks(tmp_path / name, split)["input_ids"])) for name in "ab")
+        assert np.array_equal(a, b)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=12, max_size=30), st.integers(2, 9))
+def test_no_token_of_any_text_is_lost(tmp_path_factory, texts, block_size):
+    directory = tmp_path_factory.mktemp("any") / "set"
+    manifest = prepared(directory, texts, block_size=block_size, validation_fraction=0)
+    stream = np.concatenate(encode_documents(TOKENIZER, texts))
+    rows = np.stack(list(load_blocks(directory, "train")["input_ids"]))
+    assert rows.reshape(-1).tolist() == stream[: rows.size].tolist()
+    assert len(stream) - rows.size == manifest.splits["train"]["remainder_tokens"] < block_size
+
+
+def test_a_set_of_the_same_identity_is_used_as_it_is(tmp_path):
+    first = prepared(tmp_path / "set")
+    before = files(tmp_path / "set")
+
+    def unread():
+        raise AssertionError("the documents were read")
+        yield
+
+    again = prepared(tmp_path / "set", unread())
+    assert again.reused and not first.reused
+    assert again == first and again.fingerprint == first.fingerprint and files(tmp_path / "set") == before
+
+
+def test_a_moved_branch_of_the_hub_is_recorded_but_does_not_part_sets(tmp_path):
+    source = {"dataset_name": "a/b", "dataset_revision": None, "text_column": "text"}
+    assert prepared(tmp_path / "set", source=source | {"dataset_commit": "1"}).source["dataset_commit"] == "1"
+    assert prepared(tmp_path / "set", source=source | {"dataset_commit": None}).reused
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"block_size": 32}, "was prepared with block_size 16, but 32 is asked for; give another prepared_dir"),
+        ({"validation_fraction": 0.2}, "validation_fraction 0.1, but 0.2 is asked for"),
+        ({"tokenizer": train_tokenizer(TEXTS, 300)}, r'tokenizer_hash "\w{64}", but "\w{64}" is asked for'),
+        ({"source": SOURCE | {"text_column": "body"}}, 'source.text_column "text", but "body" is asked for'),
+        ({"source": {"builtin": "x"}}, 'source.builtin null, but "x" is asked for'),
+        (
+            {"source": SOURCE | {"data_files": [{"name": "b.jsonl", "bytes": 2, "sha256": "1" * 64}]}},
+            r'source.data_files \{"bytes": 1, "name": "a.jsonl", .*\}, but \{.*"b.jsonl".*\} is asked for',
+        ),
+    ],
+    ids=["block_size", "validation_fraction", "tokenizer", "column", "another source", "another file"],
+)
+def test_a_set_of_another_identity_is_refused_naming_both(tmp_path, change, sentence):
+    prepared(tmp_path / "set")
+    before = files(tmp_path / "set")
+    with pytest.raises(ValueError, match=sentence):
+        prepared(tmp_path / "set", **change)
+    assert files(tmp_path / "set") == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda d: (d / "train.arrow").unlink(), r"train\.arrow is missing from the prepared set; delete .*set and"),
+        (lambda d: os.truncate(d / "train.arrow", 100), r"train\.arrow is damaged: it holds 100 bytes, its .* says"),
+        (
+            lambda d: os.truncate(d / "manifest.json", 90),
+            r"manifest\.json is damaged \(.*\); delete .* prepare it again",
+        ),
+        (
+            lambda d: edit(d, lambda m: m["splits"]["train"].update(files=[])),
+            r"manifest\.json is damaged \(fingerprint",
+        ),
+        (lambda d: edit(d, lambda m: m["files"].pop("validation.arrow")), r"manifest\.json is damaged \(fingerprint"),
+        (lambda d: edit(d, lambda m: m.update(format_version=99)), "has format_version 99, this version reads 1"),
+        (lambda d: (d / "manifest.json").unlink(), r"is not a prepared set \(it has no manifest\.json\)"),
+    ],
+    ids=["missing", "truncated", "manifest cut", "split list", "fewer files", "format", "no manifest"],
+)
+def test_a_damaged_set_is_refused_naming_the_file(tmp_path, damage, sentence):
+    prepared(tmp_path / "set")
+    damage(tmp_path / "set")
+    for use in (verify, prepared, lambda set_: load_blocks(set_, "train"), load_unigram_counts):
+        with pytest.raises(ValueError, match=sentence):
+            use(tmp_path / "set")
+
+
+def test_a_flipped_byte_is_found_by_sha256(tmp_path):
+    prepared(tmp_path / "set")
+    path = tmp_path / "set" / "train.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    verify(tmp_path / "set")  # sizes agree
+    with pytest.raises(ValueError, match=r"train\.arrow is damaged: its sha256 is [0-9a-f]{16}, its manifest says"):
+        verify(tmp_path / "set", sha256=True)
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"is not a prepared set \(it has no manifest\.json\)"):
+        prepared(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_empty_directory_is_filled(tmp_path):
+    (tmp_path / "set").mkdir()
+    assert prepared(tmp_path / "set") == verify(tmp_path / "set", sha256=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"texts": []}, r"The corpus is empty; give a dataset or files with text in text_column 'text'\."),
+        ({"block_size": 10**6}, r"One block needs 1000000 tokens, the training documents hold \d+; give more text or"),
+        ({"texts": TEXTS[:3], "validation_fraction": 1e-6}, "1e-06 held out none of 3 documents; raise it, or set it"),
+        ({"validation_fraction": 1.0}, r"validation_fraction must be at least 0 and below 1, got 1\.0\."),
+        ({"block_size": 1}, "block_size must be at least 2"),
+        ({"packing": "best_fit"}, "packing must be one of concat, got 'best_fit'"),
+    ],
+    ids=["empty", "short", "none held out", "fraction", "block_size", "packing"],
+)
+def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(tmp_path, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        prepared(tmp_path / "set", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corpus_of_blank_rows_says_how_many(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n')
+    with pytest.raises(ValueError, match=r"The corpus is empty \(2 rows were null or blank\)"):
+        prepare(read_documents(data_files=str(tmp_path / "a.jsonl")), TOKENIZER, 16, tmp_path / "set", SOURCE)
+
+
+def test_skipped_rows_stand_in_the_manifest(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, "", None]))
+    documents = read_documents(data_files=str(tmp_path / "a.jsonl"))
+    prepare(documents, TOKENIZER, 16, tmp_path / "set", SOURCE, 0.1, progress=False)
+    assert Manifest.load(tmp_path / "set").skipped_rows == 2
+
+
+def test_a_validation_split_shorter_than_a_block_has_no_blocks(tmp_path):
+    manifest = prepared(tmp_path / "set", block_size=500, validation_fraction=0.02)
+    entry = manifest.splits["validation"]
+    assert entry["documents"] > 0 and entry["blocks"] == 0 and entry["tokens"] == entry["remainder_tokens"] < 500
+    assert len(load_blocks(tmp_path / "set", "validation")) == 0
+
+
+def test_no_validation_fraction_holds_nothing_out(tmp_path):
+    manifest = prepared(tmp_path / "set", validation_fraction=0)
+    assert manifest.splits["validation"]["documents"] == 0 == len(load_blocks(tmp_path / "set", "validation"))
+    assert list(load_validation_documents(tmp_path / "set")) == []
+
+
+def test_a_failure_in_the_middle_leaves_nothing(tmp_path):
+    def failing():
+        yield from TEXTS
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        prepared(tmp_path / "set", failing())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_in_the_middle_leaves_no_set_and_the_next_run_is_undisturbed(tmp_path):
+    code = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[2]); import test_prepare as t\n"
+        "def killed():\n    yield from t.TEXTS\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "t.prepare_module.BATCH_BYTES = 100; t.prepared(sys.argv[1], killed())"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "set"), os.path.dirname(__file__)]
+    assert subprocess.run(arguments, capture_output=True).returncode == -9
+    assert not (tmp_path / "set").exists() and len(list(tmp_path.iterdir())) == 1  # the partial one, named so
+    prepared(tmp_path / "set")
+    prepared(tmp_path / "undisturbed")
+    assert files(tmp_path / "set") == files(tmp_path / "undisturbed")
+
+
+def test_a_faster_process_is_let_win(tmp_path, monkeypatch):
+    prepared(tmp_path / "other")
+
+    def overtaken():
+        yield from TEXTS
+        shutil.copytree(tmp_path / "other", tmp_path / "set")
+
+    assert prepared(tmp_path / "set", overtaken()).reused
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "set"]
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
+    import tracemalloc
+
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 2**16)
+    monkeypatch.setattr(prepare_module, "RECORD_BATCH_TOKENS", 2**14)
+    peaks = []
+    for number in (1_000, 10_000):
+        tracemalloc.start()
+        prepared(tmp_path / str(number), (f"{n} " + TEXTS[n % 9] * 4 for n in range(number)), block_size=128)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]

@@ -1,0 +1,284 @@
+"""Model, loss, optimizer state, held-out loss and record, each against what it must equal."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig, set_seed
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from smolpretrain.arguments import PretrainArguments
+from smolpretrain.data.packing import PackedCollator
+from smolpretrain.data.tokenization import train_tokenizer
+from smolpretrain.training import loss, model, record
+from smolpretrain.training.trainer import PretrainTrainer
+
+EOS = 0
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
+def tiny(seed=0, attention="sdpa", **changes):
+    return model.random_model(LlamaConfig(**{**TINY, **changes}), seed, attention)
+
+
+def rows(count, length=64, seed=0):
+    ids = np.random.default_rng(seed).integers(1, TINY["vocab_size"], (count, length))
+    ids[np.random.default_rng(seed + 1).random(ids.shape) < 0.1] = EOS
+    return [{"input_ids": row} for row in ids]
+
+
+# The model
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("smollm2-135m", 134_515_008), ("smollm2-360m", 361_821_120), ("smollm2-1.7b", 1_711_376_384)],
+)
+def test_built_in_models_have_the_released_sizes(name, parameters):
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(model.load_config(name))
+    assert sum(p.numel() for p in built.parameters()) == parameters  # as huggingface.co counts HuggingFaceTB's
+
+
+def test_built_in_models_have_the_authors_pre_training_values():
+    config = model.load_config("smollm2-1.7b")
+    assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (2048, 10000.0)
+    assert (config.vocab_size, config.rms_norm_eps, config.tie_word_embeddings) == (49152, 1e-5, True)
+
+
+def test_weights_are_random_seeded_and_float32_even_from_a_trained_directory(tmp_path):
+    trained = tiny(seed=1)
+    trained.to(torch.bfloat16).save_pretrained(tmp_path)
+    config = model.load_config(str(tmp_path))
+    first, again, other = (model.random_model(config, seed, "sdpa") for seed in (5, 5, 6))
+    head = [m.lm_head.weight for m in (first, again, other, trained)]
+    assert head[0].dtype == torch.float32
+    assert torch.equal(head[0], head[1])
+    assert not torch.equal(head[0], head[2]) and not torch.equal(head[0].bfloat16(), head[3])
+
+
+def test_config_overrides_change_fields_and_an_unknown_one_is_refused():
+    assert model.load_config("smollm2-135m", {"num_hidden_layers": 3}).num_hidden_layers == 3
+    with pytest.raises(ValueError, match="config_overrides: layers is not a field of LlamaConfig"):
+        model.load_config("smollm2-135m", {"layers": 3})
+
+
+def test_a_model_that_is_nowhere_is_named(tmp_path):
+    with pytest.raises(ValueError, match="smollm2-9b is not a directory, a Hub id .* smollm2-135m, "):
+        model.load_config("smollm2-9b")
+    with pytest.raises(ValueError, match="is a directory without config.json"):
+        model.load_config(str(tmp_path))
+    with pytest.raises(ValueError, match="nobody/nothing cannot be had from the Hub"):
+        model.load_config("nobody/nothing")
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match="is a vit, which is not a causal language model"):
+        model.load_config(str(tmp_path))
+
+
+def test_vocabulary_and_block_must_fit_the_model():
+    tokenizer = train_tokenizer(["some text to train on, long enough"] * 3, 300)
+    config = LlamaConfig(**TINY | {"vocab_size": 200})
+    with pytest.raises(ValueError, match=rf"the tokenizer has {len(tokenizer)} tokens, the model 200"):
+        model.fit_config(config, tokenizer, 64)
+    config = LlamaConfig(**TINY)
+    with pytest.raises(ValueError, match="block_size = 129 is more than the model's 128 positions"):
+        model.fit_config(config, tokenizer, 129)
+    model.fit_config(config, tokenizer, 128)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, 0)
+
+
+def test_flash_attention_that_cannot_be_had_is_refused_and_auto_says_which():
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match="attn_implementation = flash_attention_2 cannot be had"):
+        model.choose_attention("flash_attention_2", cpu)
+    assert model.choose_attention("auto", cpu)[0] == "sdpa"
+    assert model.choose_attention("eager", cpu) == ("eager", "as asked")
+
+
+def test_auto_takes_flash_attention_where_it_is_installed_and_the_device_allows_it(monkeypatch):
+    monkeypatch.setattr(model, "find_spec", lambda name: object())
+    for capability, expected in (((8, 0), "flash_attention_2"), ((7, 5), "sdpa")):
+        monkeypatch.setattr(model.torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert model.choose_attention("auto", torch.device("cuda"))[0] == expected
+
+
+# The loss
+
+
+@pytest.mark.parametrize("items", [None, 777])
+@pytest.mark.parametrize("chunk", [1, 50, 4096])
+def test_the_loss_in_chunks_and_its_gradients_equal_the_models_own(items, chunk):
+    items = None if items is None else torch.tensor(items)
+    batch = PackedCollator(EOS)(rows(3))
+    found = []
+    for chunk_tokens in (0, chunk):
+        network = tiny()
+        if chunk_tokens:
+            assert loss.install_chunked_loss(network, chunk_tokens) is None
+        out = network(**batch, num_items_in_batch=items, use_cache=False)
+        out.loss.backward()
+        found.append((out.loss.item(), torch.cat([p.grad.flatten() for p in network.parameters()])))
+    (own, own_gradient), (chunked, chunked_gradient) = found
+    assert chunked == pytest.approx(own, rel=1e-5)
+    assert (chunked_gradient - own_gradient).norm() / own_gradient.norm() < 1e-5
+
+
+def test_the_loss_in_chunks_never_builds_the_full_logits():
+    hidden, weight = torch.randn(1, 400, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+    labels, largest = torch.randint(0, 1000, (1, 400)), [0]
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest[0] = max(largest[0], out.numel())
+            return out
+
+    with Largest():
+        loss.linear_cross_entropy(hidden, weight, labels, chunk_tokens=20).backward()
+    assert largest[0] == 20 * 1000
+    with Largest():
+        ForCausalLMLoss(torch.nn.functional.linear(hidden, weight), labels, 1000).backward()
+    assert largest[0] == 400 * 1000  # what the guard above would see
+
+
+def test_the_loss_under_autocast_equals_the_models_own_to_bfloat16():
+    batch = PackedCollator(EOS)(rows(2))
+    plain, chunked = tiny(), tiny()
+    loss.install_chunked_loss(chunked, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chunked(**batch).loss.item() == pytest.approx(plain(**batch).loss.item(), rel=1e-3)
+
+
+def test_generation_after_the_loss_is_installed_is_unchanged():
+    plain, chunked = tiny(), tiny()
+    loss.install_chunked_loss(chunked, 16)
+    chunked(**PackedCollator(EOS)(rows(1)))
+    ids = torch.arange(1, 9).unsqueeze(0)
+    assert torch.equal(plain(input_ids=ids).logits, chunked(input_ids=ids).logits)
+    assert chunked(input_ids=ids, labels=ids).logits is None  # hidden states never pass for logits
+
+
+def test_a_model_whose_logits_are_scaled_keeps_its_own_loss():
+    config = Gemma2Config(**TINY, head_dim=16, final_logit_softcapping=1.0, initializer_range=0.5)
+    network = model.random_model(config, 0, "eager")
+    before = network(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss
+    assert "its own" in loss.install_chunked_loss(network, 16)
+    assert torch.equal(before, network(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss)
+
+
+def test_a_mixture_of_experts_keeps_its_auxiliary_loss_in_chunks():
+    config = MixtralConfig(**TINY, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5)
+    batch = PackedCollator(EOS)(rows(2))
+    plain, chunked = (model.random_model(config, 0, "sdpa") for _ in range(2))
+    assert loss.install_chunked_loss(chunked, 16) is None
+    assert chunked(**batch).loss.item() == pytest.approx(plain(**batch).loss.item(), rel=1e-5)
+
+
+# The Trainer
+
+
+def trainer(tmp_path, eval_rows=(), **options):
+    set_seed(0)
+    words = {"eval_strategy": "no", "save_strategy": "no", "max_steps": 2, "warmup_steps": 1, "bf16": False}
+    args = PretrainArguments(output_dir=str(tmp_path), deepspeed=None, disable_tqdm=True, **words | options)
+    network = tiny()
+    return PretrainTrainer(
+        model=network,
+        args=args,
+        train_dataset=rows(16),
+        eval_dataset=list(eval_rows),
+        data_collator=PackedCollator(EOS),
+    )
+
+
+def test_embeddings_and_norms_have_32_bit_state_matrices_8_bit_and_norms_no_decay(tmp_path):
+    made = trainer(tmp_path)
+    made.train()
+    optimizer = made.optimizer.optimizer
+    named = {id(p): name for name, p in made.model.named_parameters()}
+    seen = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            kind = "norm" if "norm" in named[id(p)] else "embedding" if "embed" in named[id(p)] else "matrix"
+            bits = optimizer.state[p]["state1"].element_size() * 8
+            if p.numel() >= 4096 or kind != "matrix":  # bitsandbytes leaves smaller tensors in 32 bits
+                seen.setdefault(kind, set()).add((bits, group["weight_decay"]))
+    assert seen == {"matrix": {(8, 0.1)}, "embedding": {(32, 0.1)}, "norm": {(32, 0.0)}}
+
+
+def test_held_out_loss_is_weighted_by_tokens_not_by_batches(tmp_path):
+    few, many = np.full(64, EOS), rows(1)[0]["input_ids"]
+    few[40:] = many[40:]  # most of this row are one-token documents: few targets
+    made = trainer(tmp_path, [{"input_ids": few}, {"input_ids": many}], per_device_eval_batch_size=1)
+    metrics = made.evaluate()
+    sums = np.zeros(2)
+    for row in made.eval_dataset:
+        batch = made.data_collator([row])
+        targets = int((batch["labels"][:, 1:] != -100).sum())
+        sums += np.array([made.model(**batch, use_cache=False).loss.item() * targets, targets])
+    assert metrics["eval_tokens"] == sums[1]
+    assert metrics["eval_loss"] == pytest.approx(sums[0] / sums[1], rel=1e-6)
+    means = np.mean([made.model(**made.data_collator([row]), use_cache=False).loss.item() for row in made.eval_dataset])
+    assert abs(metrics["eval_loss"] - means) > 1e-3  # what Trainer's own would have said
+
+
+def test_eos_is_a_target_of_training(tmp_path):
+    made = trainer(tmp_path)
+    batch = next(iter(made.get_train_dataloader()))
+    assert "attention_mask" not in batch
+    assert (batch["labels"][:, 1:] == EOS).any()
+
+
+def test_the_export_is_tied_once_readable_by_all_and_uses_its_cache(tmp_path):
+    made = trainer(tmp_path, bf16=True)
+    made.processing_class = train_tokenizer(["some text to train on, long enough"] * 3, 300)
+    made.train()
+    made.export(str(tmp_path))
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (not a dict)
+        assert file.get_tensor("model.norm.weight").dtype == torch.bfloat16
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["use_cache"] is True and "_name_or_path" not in config
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, made.model.lm_head.weight)
+
+
+# The record
+
+
+def test_run_json_grows_entry_by_entry_and_is_never_half_written(tmp_path):
+    record.write_run(tmp_path, arguments={"seed": 1})
+    record.write_run(tmp_path, result={"bits_per_byte": 2.0})
+    assert json.loads((tmp_path / "run.json").read_text()) == {
+        "arguments": {"seed": 1},
+        "result": {"bits_per_byte": 2.0},
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_the_commit_is_none_outside_a_checkout(tmp_path):
+    assert record.git_commit(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "verdict"), [(math.log(512) + 0.3, "as random weights"), (2.0, "more than 1 nat away")]
+)
+def test_the_first_loss_is_held_against_ln_vocabulary(tmp_path, capsys, first, verdict):
+    log = record.Record(tmp_path, None, torch.device("cpu"))
+    log._hold_first_loss(first, 512)
+    assert verdict in capsys.readouterr().out and verdict in (tmp_path / "training_log.md").read_text()

@@ -1,0 +1,139 @@
+"""The training loss without the full logits.
+
+At vocabulary 49152 the logits are the largest activation of every SmolLM2: 8 x 512 tokens are 0.8 GB in fp32, and
+the model's own loss holds them about four times. Here they live one chunk at a time, and because the loss is the last
+operation, each chunk's gradient is computed with it, as Liger's fused linear cross-entropy does on CUDA (Hsu et al.
+2024, arXiv 2410.10989); nothing is computed twice.
+"""
+
+import torch
+from torch.nn.functional import linear, pad
+
+IGNORE = -100
+CHUNK_LOGITS = 2**25  # 128 MiB in fp32: small beside a model, large enough for a full-speed product
+
+
+def default_chunk(vocab_size):
+    """Tokens whose logits fill CHUNK_LOGITS."""
+    return max(1, CHUNK_LOGITS // vocab_size)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of `hidden @ weight.T` against targets, in nats, and its gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk_tokens):
+        # hidden [N, H] and weight [V, H] in the compute dtype, targets [N]
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            rows, target = hidden[start : start + chunk_tokens], targets[start : start + chunk_tokens]
+            kept = target != IGNORE
+            at = target.where(kept, 0).unsqueeze(1)
+            logits = linear(rows, weight).float()  # [C, V], the only logits there are
+            largest = logits.amax(dim=1, keepdim=True)
+            picked = logits.gather(1, at) - largest
+            logits.sub_(largest).exp_()
+            normalizer = logits.sum(dim=1, keepdim=True)
+            total += (normalizer.log() - picked).squeeze(1).where(kept, 0).sum()
+            if not (need_hidden or need_weight):
+                continue
+            logits.mul_(kept.unsqueeze(1) / normalizer)  # softmax, and nothing where nothing is a target
+            logits.scatter_add_(1, at, -kept.unsqueeze(1).float())
+            grad = logits.to(weight.dtype)
+            if need_hidden:
+                grad_hidden[start : start + chunk_tokens] = grad @ weight
+            if need_weight:
+                grad_weight += grad.T @ rows
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def linear_cross_entropy(hidden, weight, labels, chunk_tokens, num_items_in_batch=None, shift_labels=None):
+    """Next-token cross-entropy from the last hidden states.
+
+    Args:
+        hidden: [B, S, H].
+        weight: [V, H], the head's.
+        labels: [B, S], -100 where nothing is predicted; label s is the target of position s - 1.
+        chunk_tokens: Positions whose logits exist at one time.
+        num_items_in_batch: Targets over all micro-batches and ranks; None divides by the targets here.
+        shift_labels: [B, S] targets already shifted, as some collators give them.
+
+    Returns:
+        Scalar, nats: the sum over targets divided by num_items_in_batch. Equal to transformers' ForCausalLMLoss
+        to 1e-5 relative in fp32.
+    """
+    targets = pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.autocast(device, enabled=False):
+        total = _LinearCrossEntropy.apply(
+            hidden.flatten(0, -2), weight, targets.flatten().to(hidden.device), chunk_tokens
+        )
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != IGNORE).sum()
+    return total / num_items_in_batch
+
+
+def install_chunked_loss(model, chunk_tokens):
+    """Make model(labels=...) take its loss in chunks; without labels (generation) nothing changes.
+
+    The head hands its input through, and the model's own loss_function receives hidden states. The loss on a few
+    tokens is compared with the model's own before it is trusted: a model that scales, caps or biases its logits
+    keeps its own loss.
+
+    Returns:
+        None where installed, else the reason why not, in words.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        return "its head is not a plain linear layer"
+    probe = torch.arange(1, 9, device=head.weight.device).unsqueeze(0) % model.config.vocab_size
+    probe = {"input_ids": probe, "labels": probe, "use_cache": False}
+    was_training = model.training
+    with torch.no_grad():
+        expected = model.eval()(**probe).loss
+    plain_head, plain_loss, active = head.forward, model.loss_function, [False]
+
+    def head_forward(hidden):
+        return hidden if active[0] else plain_head(hidden)
+
+    def loss_function(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **kwargs):
+        if not active[0]:
+            return plain_loss(logits, labels, vocab_size, num_items_in_batch, shift_labels=shift_labels, **kwargs)
+        return linear_cross_entropy(logits, head.weight, labels, chunk_tokens, num_items_in_batch, shift_labels)
+
+    def before(module, args, kwargs):
+        active[0] = kwargs.get("labels") is not None
+
+    def after(module, args, output):
+        if active[0] and hasattr(output, "logits"):
+            output.logits = None  # they were never built; hidden states must not pass for them
+        active[0] = False
+
+    hooks = model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)
+    head.forward, model.loss_function = head_forward, loss_function
+    with torch.no_grad():
+        found = model(**probe).loss
+    model.train(was_training)
+    if torch.allclose(found, expected, rtol=1e-4):
+        return None
+    for hook in hooks:
+        hook.remove()
+    head.forward, model.loss_function = plain_head, plain_loss
+    return f"the loss in chunks is {found.item():.4f} and its own {expected.item():.4f}"
