@@ -4,24 +4,36 @@ command_line.py fills these from `args.json key=value ...`; a ValueError here be
 """
 
 import difflib
-import json
-import math
-import os
-import shutil
-import socket
-import sysconfig
 import typing
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
-PACKAGE_DIR = Path(__file__).resolve().parent
-PACKINGS = ("concat",)
+if __package__:
+    from . import ds_configs
+else:
+    import ds_configs
+
+PACKINGS = ("concat", "best_fit")
+KEPT_BY_RESUME = (
+    *("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "max_grad_norm"),
+    *("learning_rate", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+RANGES = {
+    "above 0": (lambda v: v > 0, "learning_rate max_grad_norm adam_epsilon"),
+    "at least 0": (lambda v: v >= 0, "weight_decay sample_steps loss_chunk_tokens keep_every_steps"),
+    "at least 0 and below 1": (lambda v: 0 <= v < 1, "adam_beta1 adam_beta2"),
+    "at least 1": (
+        lambda v: v >= 1,
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_eval_samples "
+        "max_eval_documents",
+    ),
+}
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
@@ -71,18 +83,36 @@ class DataArguments:
         metadata={"help": "Local paths or globs: .jsonl, .json (also .gz), .parquet, .csv, .txt (a document a file)."},
     )
     text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
+    streaming: bool = field(default=False, metadata={"help": "Read a Hub dataset as it comes, nothing kept on disk."})
+    bad_rows: str = field(
+        default="error", metadata={"help": "error stops at a row that is no text; skip passes it over and counts it."}
+    )
+    max_documents: int | None = field(default=None, metadata={"help": "Take only the first so many documents."})
+    max_tokens: int | None = field(default=None, metadata={"help": "Take exactly the first so many tokens."})
     validation_fraction: float = field(
         default=0.005,
         metadata={"help": "Share of the documents held out, chosen by a hash of their text. 0 holds out none."},
     )
     block_size: int = field(default=2048, metadata={"help": "Tokens per packed row. SmolLM2 was pre-trained at 2048."})
     packing: str = field(
-        default="concat", metadata={"help": "concat: documents end to end, cut into rows (GPT-3, section 2.2)."}
+        default="concat",
+        metadata={
+            "help": "concat: documents end to end, cut into rows (GPT-3, section 2.2). best_fit: documents up to a row "
+            "are never cut; rows are filled best-fit decreasing, the rest padded (arXiv 2404.10830)."
+        },
     )
     intra_document_masking: bool = field(
         default=True,
         metadata={"help": "Attention stays inside a document and positions restart with it. false: plain causal rows."},
     )
+    tokenizer_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: the faster tokie where it is installed and gives the same ids, else tokenizers; or one of "
+            "the two by name."
+        },
+    )
+    num_proc: int = field(default=1, metadata={"help": "Processes of this machine that share the preparation."})
     prepared_dir: str | None = field(
         default=None,
         metadata={"help": "Where the packed set is, or is written. Default: output_dir/prepared."},
@@ -94,6 +124,11 @@ class DataArguments:
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be at least 0 and below 1, got {self.validation_fraction}.")
         _one_of("packing", self.packing, PACKINGS)
+        _one_of("bad_rows", self.bad_rows, ("error", "skip"))
+        _one_of("tokenizer_backend", self.tokenizer_backend, ("auto", "tokenizers", "tokie"))
+        for name in ("num_proc", "max_documents", "max_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         if self.dataset_name and self.data_files:
             raise ValueError(
                 f"dataset_name = {self.dataset_name} and data_files = {self.data_files} are both given: keep one."
@@ -141,8 +176,22 @@ class PretrainArguments(TrainingArguments):
     logging_first_step: bool = field(default=True, metadata={"help": "Log step 1: it is held against ln(vocabulary)."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "true would hide NaN losses in the log."})
     save_total_limit: int | None = field(default=3, metadata={"help": "Checkpoints kept; at least 2."})
-    max_eval_samples: int = field(
-        default=1024, metadata={"help": "Held-out rows scored at each eval; the end of the run scores every document."}
+    resume: str = field(
+        default="auto",
+        metadata={
+            "help": "auto goes on from the newest whole checkpoint in output_dir, or starts where there is none; never "
+            "refuses a directory that has one; or a checkpoint's path."
+        },
+    )
+    trust_checkpoint: bool = field(
+        default=False, metadata={"help": "Load a checkpoint that no manifest of ours vouches for: it can run any code."}
+    )
+    keep_every_steps: int = field(
+        default=0, metadata={"help": "Checkpoints of steps that are multiples of this stay for good; 0 keeps none."}
+    )
+    max_eval_samples: int = field(default=1024, metadata={"help": "Held-out rows scored at each eval, evenly spaced."})
+    max_eval_documents: int = field(
+        default=10_000, metadata={"help": "Held-out documents scored at the end of the run, evenly spaced."}
     )
     sample_steps: int = field(default=500, metadata={"help": "Steps between sample continuations; 0 writes none."})
     loss_chunk_tokens: int | None = field(
@@ -159,12 +208,12 @@ class PretrainArguments(TrainingArguments):
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True  # recomputes activations: slower, far less memory
         if isinstance(self.deepspeed, str):
-            self.deepspeed = None if self.deepspeed.lower() in ("", "none", "null") else _find_config(self.deepspeed)
+            self.deepspeed = None if self.deepspeed.lower() in ("", "none", "null") else ds_configs.find(self.deepspeed)
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.deepspeed:
-            _check_deepspeed(self)
-            _stand_alone()
+            ds_configs.check(self)
+            ds_configs.stand_alone()
         super().__post_init__()
         if self.n_gpu > 1:
             raise ValueError(
@@ -172,21 +221,17 @@ class PretrainArguments(TrainingArguments):
                 "all, or show it one with CUDA_VISIBLE_DEVICES."
             )
 
+    def kept_by_resume(self):
+        """{key: JSON value} that a run and the checkpoint it goes on from must have in common."""
+        kept = {name: getattr(self, name) for name in KEPT_BY_RESUME}
+        kept |= {"optim": str(self.optim.value), "lr_scheduler_type": str(self.lr_scheduler_type.value)}
+        return kept | {"zero stage": self.deepspeed and self.hf_deepspeed_config.get_value("zero_optimization.stage")}
+
     def _check_ranges(self):
-        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be above 0 and finite, got {value}.")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
-        counts = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_eval_samples"
-        for name in counts.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("weight_decay", "sample_steps", "loss_chunk_tokens"):
-            if (value := getattr(self, name)) is not None and value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}.")
+        for rule, (holds, names) in RANGES.items():
+            for name in names.split():
+                if (value := getattr(self, name)) is not None and not holds(value):
+                    raise ValueError(f"{name} must be {rule}, got {value}.")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps must be at least 1, or -1 to train num_train_epochs, got {self.max_steps}.")
         if self.max_steps > 0 and self.warmup_steps >= self.max_steps:
@@ -203,6 +248,14 @@ class PretrainArguments(TrainingArguments):
             raise ValueError(
                 "average_tokens_across_devices must be true: without it ranks with fewer targets weigh too much."
             )
+        if self.resume_from_checkpoint is not None:
+            raise ValueError(
+                f"resume_from_checkpoint = {self.resume_from_checkpoint}: write resume={self.resume_from_checkpoint}; "
+                "resume=auto, the default, finds the newest whole checkpoint by itself."
+            )
+        for name in ("save_only_model", "enable_jit_checkpoint"):
+            if getattr(self, name):
+                raise ValueError(f"{name} must be false: a checkpoint of it could not be resumed.")
         if self.hub_token is not None:
             raise ValueError("hub_token must not be in arguments: set HF_TOKEN or run `hf auth login`.")
 
@@ -219,68 +272,3 @@ def _one_of(name, value, choices):
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"{name} = {value!r} is not one of {', '.join(choices)}.{hint}")
-
-
-def _find_config(path):
-    """The DeepSpeed JSON at `path`, relative to the working directory or to the installed package."""
-    for candidate in (Path(path).expanduser(), PACKAGE_DIR / path):
-        if candidate.is_file():
-            return str(candidate)
-    shipped = ", ".join(f"ds_configs/{p.name}" for p in sorted((PACKAGE_DIR / "ds_configs").glob("*.json")))
-    raise ValueError(f"deepspeed = {path} is not a file. Shipped: {shipped}; null trains without DeepSpeed.")
-
-
-def _stand_alone():
-    """The environment of a run of one process, where no launcher made one: DeepSpeed would ask MPI for it."""
-    if "WORLD_SIZE" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in alone.items()})
-
-
-def _check_deepspeed(args):
-    """Refuse what DeepSpeed or accelerate would silently replace (facts: 0.19.8, accelerate 1.15)."""
-    if isinstance(args.deepspeed, str):
-        try:
-            config = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"deepspeed = {args.deepspeed} is not JSON: {error}.") from None
-    else:
-        config = args.deepspeed
-    if args.use_cpu:
-        header = Path(sysconfig.get_paths()["include"], "Python.h")
-        missing = (
-            "a C++ compiler (g++)"
-            if not shutil.which(os.environ.get("CXX", "c++"))
-            else ("" if header.is_file() else f"Python's headers ({header})")
-        )
-        if missing:
-            raise ValueError(
-                f"deepspeed = {args.deepspeed} builds a small extension on a CPU, and {missing} is missing: install it "
-                "(Debian: apt-get install g++ python3-dev), or train without DeepSpeed: deepspeed=null."
-            )
-    for block, knob in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
-        if block in config:
-            raise ValueError(
-                f"deepspeed = {args.deepspeed}: its {block!r} block would silently override {knob}. Take it out."
-            )
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    shared = {
-        "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", micro),
-        "gradient_accumulation_steps": ("gradient_accumulation_steps", accumulation),
-        "gradient_clipping": ("max_grad_norm", args.max_grad_norm),
-        "train_batch_size": ("micro-batch x accumulation x ranks", micro * accumulation * world),
-    }
-    for key, (knob, value) in shared.items():
-        if config.get(key, "auto") not in ("auto", value):
-            raise ValueError(f'deepspeed = {args.deepspeed}: {key} = {config[key]}, but {knob} = {value}. Say "auto".')
-    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    if offload == "cpu" and config.get("zero_force_ds_cpu_optimizer", True):
-        raise ValueError(
-            f"deepspeed = {args.deepspeed}: offload_optimizer would silently replace optim = {args.optim} by "
-            'DeepSpeed\'s own. Write "zero_force_ds_cpu_optimizer": false.'
-        )

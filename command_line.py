@@ -27,6 +27,7 @@ class Given(typing.NamedTuple):
 
     value: typing.Any
     origin: str  # the file's name, or "command line"
+    word: str | None = None  # as typed
 
 
 def parse_args(argv, dataclasses):
@@ -49,7 +50,7 @@ def parse_args(argv, dataclasses):
     given = collect(argv)
     hints = {cls: typing.get_type_hints(cls) for cls in dataclasses}
     names = {f.name: cls for cls in dataclasses for f in fields(cls) if f.init}
-    for key, (_, origin) in given.items():
+    for key, (_, origin, _) in given.items():
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"Did you mean {near[0]}?" if near else "--help lists all."
@@ -80,7 +81,7 @@ def collect(argv):
                 value = json.loads(text)
             except ValueError:
                 value = text
-            given[key] = Given(value, "command line")
+            given[key] = Given(value, "command line", text)
         elif file is not None:
             raise ValueError(f"command line: {word}: {file} is given already; change keys as key=value.")
         elif not word.endswith(".json"):
@@ -89,7 +90,7 @@ def collect(argv):
             file = word
     in_file = read_json(file) if file is not None else {}
     given = {key: Given(value, file) for key, value in in_file.items()} | given
-    for key, (value, origin) in given.items():
+    for key, (value, origin, _) in given.items():
         if TOKEN.search(json.dumps(value)):
             raise ValueError(f"{origin}: {key} holds an access token: set HF_TOKEN or run `hf auth login` instead.")
     return given
@@ -121,10 +122,12 @@ def read_json(path):
 
 def coerce(name, hint, source):
     """The value as the field's type hint wants it."""
-    value, origin = source
+    value, origin, word = source
     parts = set(typing.get_args(hint)) if typing.get_origin(hint) not in (list, dict) else {hint}
     parts = parts or {hint}
     problem = f"{origin}: {name} = {json.dumps(value, default=str)}:"
+    if isinstance(value, int | float) and str in parts and not parts & {int, float, bool}:
+        value = str(value) if word is None else word  # dataset_revision=12e7 is the word, not a number
     choices = [str(e.value) for p in parts if isinstance(p, type) and issubclass(p, enum.Enum) for e in p]
     if choices and not isinstance(value, list) and value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
@@ -137,8 +140,6 @@ def coerce(name, hint, source):
         raise ValueError(f"{problem} must not be a boolean.")
     if isinstance(value, str) and list[str] in parts and str not in parts:
         value = [value]
-    if isinstance(value, int | float) and str in parts and not parts & {int, float}:
-        value = str(value)  # dataset_revision=1 on the command line is the word "1"
     try:
         checked = TypeAdapter(hint).validate_python(value)
     except ValidationError as error:

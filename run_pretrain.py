@@ -11,7 +11,7 @@ import gc
 import os
 import sys
 import time
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from itertools import islice
 from pathlib import Path
 
@@ -23,27 +23,29 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import AutoModelForCausalLM, ProgressCallback
+from torch.utils.cpp_extension import get_default_build_root
+from transformers import AutoConfig, AutoModelForCausalLM, ProgressCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_model_param_count
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 
 if __package__:
     from .arguments import DataArguments, ModelArguments, PretrainArguments
     from .command_line import parse_args
     from .data import corpus, packing, prepare, tokenization
     from .eval import perplexity
-    from .training import loss, model, record, trainer
+    from .training import checkpoints, guards, loss, model, record, trainer
 else:
     from arguments import DataArguments, ModelArguments, PretrainArguments
     from command_line import parse_args
     from data import corpus, packing, prepare, tokenization
     from eval import perplexity
-    from training import loss, model, record, trainer
+    from training import checkpoints, guards, loss, model, record, trainer
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
 SOURCE = ("dataset_name", "dataset_config_name", "dataset_split", "dataset_revision", "data_files", "text_column")
+NOT_ARCHITECTURE = {"transformers_version", "use_cache", "_name_or_path", "dtype", "architectures"}
 HERE = Path(__file__).resolve().parent
 RANK = int(os.environ.get("RANK", 0))
 TOKENIZER_DOCUMENTS = 100_000  # a BPE's merges settle long before; the built-in text has 600
@@ -59,25 +61,35 @@ def say(sentence):
         print(sentence, flush=True)
 
 
-def fail(error):
-    """One line from the first rank and exit status 2 on all; the others wait, or a launcher would cut the line off."""
+def fail(error, status=2):
+    """One line from the first rank, the exit status on all; the others wait, or a launcher would cut the line off."""
     if RANK != 0:
         time.sleep(20)
-        sys.exit(2)
-    ArgumentParser(prog="run_pretrain.py", usage=SUPPRESS).error(" ".join(str(error).split()))
+        sys.exit(status)
+    ArgumentParser(prog="run_pretrain.py").exit(status, f"run_pretrain.py: error: {' '.join(str(error).split())}\n")
 
 
-def refuse_used_directory(args):
-    """Nothing of an earlier run is lost: its directory is gone on with by name, or left alone."""
-    earlier = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    finished = os.path.isfile(os.path.join(args.output_dir, "model.safetensors"))
-    if args.resume_from_checkpoint is None and (earlier or finished):
-        remedy = f"resume_from_checkpoint={earlier} goes on from there; " if earlier else ""
-        raise ValueError(
-            f"output_dir = {args.output_dir} holds an earlier run: {remedy}another output_dir starts a new one."
-        )
-    if args.resume_from_checkpoint is not None and not os.path.isdir(args.resume_from_checkpoint):
-        raise ValueError(f"resume_from_checkpoint = {args.resume_from_checkpoint} is not a directory.")
+def choose_checkpoint(args, data_args, config, prepared_dir):
+    """The checkpoint to go on from, or None, and what must stay the same; the first rank looks, the others hear."""
+    same = {"world_size": args.world_size, "data": prepare.Manifest.load(prepared_dir).fingerprint}
+    architecture = {key: value for key, value in config.to_diff_dict().items() if key not in NOT_ARCHITECTURE}
+    same |= {f"config {key}": value for key, value in architecture.items()} | args.kept_by_resume()
+    same["intra_document_masking"] = data_args.intra_document_masking
+    answer = [None, 0, ""]
+    if RANK == 0:
+        try:
+            answer[0], passed = checkpoints.choose(args.output_dir, args.resume, args.trust_checkpoint, same)
+            for sentence in passed:
+                say(sentence)
+        except checkpoints.Damaged as error:
+            answer[1:] = 4, str(error)
+        except (ValueError, OSError) as error:
+            answer[1:] = 2, str(error)
+    if args.world_size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        fail(answer[2], answer[1])
+    return answer[0], same
 
 
 def write_start(parsed, prepared_dir):
@@ -103,34 +115,50 @@ def write_start(parsed, prepared_dir):
     )
 
 
+def wait_for_first_rank(args, done):
+    """The others wait for the first rank without a collective: those give up after ddp_timeout, tokenizing may not."""
+    if args.world_size > 1:
+        store = dist.distributed_c10d._get_default_store()
+        if done:
+            store.set("prepared", "yes")
+        while not store.check(["prepared"]):
+            time.sleep(0.5)
+
+
 def prepare_data(model_args, data_args, args, config):
     """Text to tokenizer and packed set. The first rank makes them, the others find them made."""
     prepared_dir = data_args.prepared_dir or os.path.join(args.output_dir, "prepared")
     source = {field: getattr(data_args, field) for field in SOURCE}
-    with args.main_process_first(local=False, desc="preparing data"):
-        if RANK == 0:
-            wanted = model.tokenizer_source(model_args.model_name, model_args.tokenizer_name)
-            if wanted == model.TRAIN:
-                documents = islice(corpus.read_documents(**source), TOKENIZER_DOCUMENTS)
-                tokenizer = tokenization.train_tokenizer(documents, config.vocab_size)
-            else:
-                tokenizer = tokenization.load_tokenizer(wanted)
-            model.fit_config(config, tokenizer, data_args.block_size)
-            manifest = prepare.prepare(
-                corpus.read_documents(**source),
-                tokenizer,
-                data_args.block_size,
-                prepared_dir,
-                source=corpus.describe_source(**source),
-                validation_fraction=data_args.validation_fraction,
-                packing=data_args.packing,
-                progress=not args.disable_tqdm,
-            )
-            tokenizer.save_pretrained(args.output_dir)
-            say(f"data: {describe_set(manifest)}{', found in' if manifest.reused else ', written to'} {prepared_dir}.")
+    reading = source | {field: getattr(data_args, field) for field in ("streaming", "bad_rows")}
     if RANK != 0:
+        wait_for_first_rank(args, done=False)
         tokenizer = tokenization.load_tokenizer(args.output_dir)
         model.fit_config(config, tokenizer, data_args.block_size)
+        return tokenizer, prepared_dir
+    wanted = model.tokenizer_source(model_args.model_name, model_args.tokenizer_name)
+    if wanted == model.TRAIN:
+        documents = islice(corpus.read_documents(**reading), TOKENIZER_DOCUMENTS)
+        tokenizer = tokenization.train_tokenizer(documents, config.vocab_size)
+    else:
+        tokenizer = tokenization.load_tokenizer(wanted)
+    model.fit_config(config, tokenizer, data_args.block_size)
+    manifest = prepare.prepare(
+        corpus.read_documents(**reading),
+        tokenizer,
+        data_args.block_size,
+        prepared_dir,
+        source=corpus.describe_source(**source),
+        validation_fraction=data_args.validation_fraction,
+        packing=data_args.packing,
+        tokenizer_backend=data_args.tokenizer_backend,
+        max_documents=data_args.max_documents,
+        max_tokens=data_args.max_tokens,
+        num_proc=data_args.num_proc,
+        progress=not args.disable_tqdm,
+    )
+    tokenizer.save_pretrained(args.output_dir)
+    say(f"data: {describe_set(manifest)}{', found in' if manifest.reused else ', written to'} {prepared_dir}.")
+    wait_for_first_rank(args, done=True)
     return tokenizer, prepared_dir
 
 
@@ -166,9 +194,13 @@ def load_sets(data_args, args, prepared_dir):
     return train, held_out
 
 
-def make_trainer(model_args, data_args, args, config, tokenizer, sets):
-    """Model from random weights, its loss, the collator and the record, in one Trainer."""
-    attention, why = model.choose_attention(model_args.attn_implementation, args.device)
+def build_model(model_args, data_args, args, config):
+    """The network from random weights, its loss, and whether ZeRO-3 splits it.
+
+    Raises:
+        ValueError: The architecture cannot do what is asked.
+    """
+    attention, why = model.choose_attention(model_args.attn_implementation, args.device, config)
     zero3 = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
     if zero3:
         deepspeed.init_distributed()  # the model is split over DeepSpeed's own group as it is built
@@ -177,8 +209,16 @@ def make_trainer(model_args, data_args, args, config, tokenizer, sets):
     say(f"model: {size:,} parameters from random weights (seed {args.seed}); {attention}: {why}.")
     chunk = loss.default_chunk(config.vocab_size) if args.loss_chunk_tokens is None else args.loss_chunk_tokens
     refused = "as asked" if not chunk else "Liger brings its own" if args.use_liger_kernel else ""
+    if data_args.intra_document_masking and not zero3:
+        model.check_masking(network)
     refused = refused or ("ZeRO-3 shares the head out" if zero3 else loss.install_chunked_loss(network, chunk))
     say(f"loss: the model's own ({refused})." if refused else f"loss: in chunks of {chunk} tokens.")
+    return network, zero3
+
+
+def make_trainer(network, zero3, data_args, args, tokenizer, sets):
+    """Network, rows, collator and record in one Trainer."""
+    flash = network.config._attn_implementation == "flash_attention_2"
     log = record.Record(args.output_dir, tokenizer, args.device, zero3)
     made = trainer.PretrainTrainer(
         model=network,
@@ -187,7 +227,7 @@ def make_trainer(model_args, data_args, args, config, tokenizer, sets):
         eval_dataset=sets[1],
         processing_class=tokenizer,
         data_collator=packing.PackedCollator(
-            tokenizer.eos_token_id, data_args.intra_document_masking, cu_seq_lens=attention == "flash_attention_2"
+            tokenizer.eos_token_id, data_args.intra_document_masking, cu_seq_lens=flash
         ),
         callbacks=[log],
     )
@@ -196,22 +236,23 @@ def make_trainer(model_args, data_args, args, config, tokenizer, sets):
     return made, log
 
 
-def judge(args, config, tokenizer, prepared_dir, window):
-    """Score the held-out documents with the exported model, with its random twin and with a unigram model.
+def judge(args, tokenizer, prepared_dir, window):
+    """Score held-out documents with the exported model, with its random twin and with a unigram model.
 
     The window is a training row: positions past it were never trained. Every rank scores its share and gets all
     three results.
     """
     unset_hf_deepspeed_config()  # or ZeRO-3 would split these models too
-    documents = list(prepare.load_validation_documents(prepared_dir))
-    mine = documents[RANK :: args.world_size]
+    held_out = prepare.Manifest.load(prepared_dir).splits["validation"]["documents"]
+    spaced = islice(prepare.load_validation_documents(prepared_dir), 0, None, -(-held_out // args.max_eval_documents))
+    mine = list(islice(spaced, RANK, None, args.world_size))
     dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     sums = {}
     for name in ("trained", "random"):
         if name == "trained":
             network = AutoModelForCausalLM.from_pretrained(args.output_dir, dtype=dtype)
         else:
-            network = model.random_model(config, args.seed, "sdpa").to(dtype)
+            network = model.random_model(AutoConfig.from_pretrained(args.output_dir), args.seed, None).to(dtype)
         sums[name] = perplexity.score_documents(
             network.to(args.device),
             tokenizer,
@@ -220,13 +261,19 @@ def judge(args, config, tokenizer, prepared_dir, window):
             progress=RANK == 0 and not args.disable_tqdm,
         )
         del network
-        gc.collect()
+        free_memory()
     sums["unigram"] = perplexity.unigram_nll(prepare.load_unigram_counts(prepared_dir), tokenizer, mine)
     gathered = [sums]
     if args.world_size > 1:
         gathered = [None] * args.world_size
         dist.all_gather_object(gathered, sums)
     return {name: perplexity.summarize(perplexity.merge([part[name] for part in gathered])) for name in sums}
+
+
+def free_memory():
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def report(args, log, results, tokens_seen):
@@ -257,28 +304,43 @@ def main(argv=None):
     try:
         arguments = parse_args([word for word in argv if word != "debug=true"], ARGUMENTS)
         model_args, data_args, args = arguments
-        refuse_used_directory(args)
         config = model.load_config(model_args.model_name, model_args.config_overrides)
-        model.choose_attention(model_args.attn_implementation, args.device)
+        model.choose_attention(model_args.attn_implementation, args.device, config)
         tokenizer, prepared_dir = prepare_data(model_args, data_args, args, config)
         sets = load_sets(data_args, args, prepared_dir)
     except (ValueError, OSError) as error:
         if debug:
             raise
         fail(error)
+    checkpoint, same = choose_checkpoint(args, data_args, config, prepared_dir)
     if RANK == 0:
         write_start(arguments, prepared_dir)
-    made, log = make_trainer(model_args, data_args, args, config, tokenizer, sets)
+    if args.deepspeed and args.use_cpu and not list(Path(get_default_build_root()).glob("*/deepspeed_shm_comm/*.so")):
+        say("DeepSpeed builds its extension for CPUs now, once: about half a minute.")
+    try:
+        network, zero3 = build_model(model_args, data_args, args, config)
+    except ValueError as error:
+        if debug:
+            raise
+        fail(error)
+    made, log = make_trainer(network, zero3, data_args, args, tokenizer, sets)
+    made.same = same
     if RANK == 0:
         record.write_run(args.output_dir, parameters=get_model_param_count(made.model))
-    made.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    tokens_seen = made.state.num_input_tokens_seen
-    made.export(args.output_dir)
+    stop = guards.StopTogether(args.output_dir)
+    made.add_callback(stop)
+    if checkpoint:
+        say(f"going on from {checkpoint}.")
+    made.train(resume_from_checkpoint=checkpoint)
+    stop.restore_signals()
+    step, tokens_seen = made.state.global_step, made.state.num_input_tokens_seen
+    if stop.stopped:
+        say(f"stopped at step {step}: checkpoint-{step} is whole, the same command goes on from it.")
+        sys.exit(guards.INTERRUPTED)
+    made.export()
     del made
     gc.collect()
-    results = (
-        judge(args, config, tokenizer, prepared_dir, data_args.block_size) if data_args.validation_fraction else None
-    )
+    results = judge(args, tokenizer, prepared_dir, data_args.block_size) if data_args.validation_fraction else None
     if RANK == 0:
         report(args, log, results, tokens_seen)
     if dist.is_initialized():

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 FILE_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # What decides the tokens. Another value of one of these is another set.
 IDENTITY = (
     "format_version",
@@ -18,6 +18,7 @@ IDENTITY = (
     "vocab_size",
     "block_size",
     "packing",
+    "options",
 )
 
 
@@ -30,8 +31,14 @@ class Manifest:
         tokenizer_hash: sha256, see `tokenization.tokenizer_hash`.
         vocab_size: Every id is below it.
         splits: For "train" and "validation": documents, tokens (EOS included), bytes (UTF-8), blocks,
-            remainder_tokens (dropped: tokens == blocks * block_size + remainder_tokens), files.
+            padding_tokens (in rows of best_fit), remainder_tokens (dropped: tokens + padding_tokens ==
+            blocks * block_size + remainder_tokens), documents_cut, fill, documents_per_block, files.
+        options: What else decides the tokens: limits, cleaning, mixture; empty where nothing was asked.
+        filtered: Documents left out by each kind of cleaning.
+        mixture: Documents, tokens and realised weight of each source of a mixture.
         skipped_rows: Null or blank rows of the source.
+        bad_rows: Rows passed over because they were no text, and the first of them.
+        validation_documents: Files that hold the held-out texts.
         files: For each file: bytes and sha256.
         versions: Libraries that made it; not part of its identity.
         reused: True where `prepare` found the set already there; not stored.
@@ -44,8 +51,13 @@ class Manifest:
     vocab_size: int
     block_size: int
     packing: str
+    options: dict = field(default_factory=dict)
     splits: dict[str, dict] = field(default_factory=dict)
+    filtered: dict[str, int] = field(default_factory=dict)
+    mixture: list[dict] = field(default_factory=list)
     skipped_rows: int = 0
+    bad_rows: dict = field(default_factory=dict)
+    validation_documents: list[str] = field(default_factory=list)
     files: dict[str, dict] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -55,7 +67,7 @@ class Manifest:
     def identity(self) -> dict:
         """What decides the tokens, as JSON values; a Hub commit is recorded but does not tell two sets apart."""
         identity = {name: getattr(self, name) for name in IDENTITY}
-        identity["source"] = {key: value for key, value in self.source.items() if key != "dataset_commit"}
+        identity["source"] = _without_commit(self.source)
         return json.loads(json.dumps(identity))
 
     @property
@@ -158,10 +170,18 @@ def check_identity(found: Manifest, wanted: Manifest, prepared_dir: str | os.Pat
             )
 
 
+def _without_commit(source):
+    """Return a description of a source, or of a mixture's, without the commit of the Hub."""
+    if isinstance(source, dict):
+        return {key: _without_commit(value) for key, value in source.items() if key != "dataset_commit"}
+    return list(map(_without_commit, source)) if isinstance(source, list) else source
+
+
 def _flat(identity: dict) -> dict:
-    """Return the identity with source's keys beside the others, so that a difference is named by its own key."""
+    """Return the identity with source's and options' keys beside the others: a difference is named by its own key."""
     source = {f"source.{key}": value for key, value in identity["source"].items()}
-    return {key: value for key, value in identity.items() if key != "source"} | source
+    plain = {key: value for key, value in identity.items() if key not in ("source", "options")}
+    return plain | source | identity["options"]
 
 
 def _shown(value, other) -> str:

@@ -1,77 +1,91 @@
-"""Prepare a set: documents to packed blocks on disk, whole or absent, in one pass and bounded memory."""
+"""Prepare a set: documents to packed blocks on disk, whole or absent, resumable, in bounded memory.
 
+python data/prepare.py [prepare.json] [key=value ...]       --help lists the keys
+"""
+
+import contextlib
+import fcntl
+import functools
 import json
 import os
 import platform
 import shutil
-import time
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+if __name__ == "__main__" and not __package__:  # python data/prepare.py: sys.path[0] is data/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "data"
+
 import numpy as np
-import pyarrow as pa
 
+from . import shards
+from .assemble import UNIGRAM_COUNTS, assemble
 from .corpus import is_validation
-from .manifest import Manifest, check_identity, describe_file, sync, verify
-from .packing import Packer
-from .tokenization import document_encoder, token_dtype, tokenizer_hash, vocabulary_size
+from .documents import Documents
+from .encoding import Disagreement, Encoder, check_backend
+from .feed import Feed, Limits
+from .manifest import Manifest, check_identity, verify
+from .packing import check_packing, make_packer
+from .progress import Progress
+from .readers import Rows
+from .tokenization import token_dtype, tokenizer_hash, vocabulary_size
 
-SPLITS = ("train", "validation")
-VALIDATION_DOCUMENTS = "validation_documents.jsonl"
-UNIGRAM_COUNTS = "unigram_counts.npy"
-BATCH_BYTES = 4 * 2**20  # text encoded at a time: enough for all cores, little memory
-RECORD_BATCH_TOKENS = 2**20  # tokens in one Arrow record batch (2 MiB at 2 bytes)
 LIBRARIES = ("datasets", "numpy", "pyarrow", "tokenizers", "transformers")
 
 
-class _SplitWriter:
-    """Packs one split and writes NAME.arrow, an Arrow IPC stream of {input_ids: fixed_size_list[block_size]}."""
+@dataclass
+class Work:
+    """What every worker needs; pickled for those in processes of their own."""
 
-    def __init__(self, directory: Path, name: str, block_size: int, packing: str, dtype: np.dtype):
-        self.name = name
-        self.documents = 0
-        self.bytes = 0
-        self.packer = Packer(block_size, packing)
-        self._rows = [np.empty((0, block_size), dtype=dtype)]
-        self._rows_per_batch = max(1, RECORD_BATCH_TOKENS // block_size)
-        self._schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(dtype), block_size)})
-        self._file = open(directory / f"{name}.arrow", "wb")  # noqa: SIM115 (closed by close)
-        self._stream = pa.ipc.new_stream(self._file, self._schema)
+    directory: Path
+    parts: list
+    tokenizer: object
+    manifest: Manifest
+    tokenizer_backend: str
+    limits: Limits = field(default_factory=Limits)
 
-    def add(self, documents: list[np.ndarray], text_bytes: int) -> None:
-        self.documents += len(documents)
-        self.bytes += text_bytes
-        self._rows.append(self.packer.add(documents))
-        if sum(map(len, self._rows)) >= self._rows_per_batch:
-            self._write(last=False)
+    @property
+    def fallen_back(self) -> Path:
+        """Stands there once tokie disagreed in the middle: what it had encoded is done again by `tokenizers`."""
+        return self.directory / "tokenizers-only"
 
-    def _write(self, last: bool) -> None:
-        """Write record batches of one size, so that the file's bytes depend on the text alone."""
-        rows = np.concatenate(self._rows)
-        while len(rows) >= self._rows_per_batch or (last and len(rows)):
-            batch, rows = rows[: self._rows_per_batch], rows[self._rows_per_batch :]
-            blocks = pa.FixedSizeListArray.from_arrays(pa.array(batch.reshape(-1)), self.packer.block_size)
-            self._stream.write_batch(pa.record_batch([blocks], schema=self._schema))
-        self._rows = [rows.copy()]
+    def write(self, numbers: Iterable[int], progress: Progress) -> None:
+        """Write these parts; the whole of what this worker did is done again where tokie disagrees on the way."""
+        numbers = list(numbers)
+        backend = "tokenizers" if self.fallen_back.exists() else self.tokenizer_backend
+        encode = Encoder(self.tokenizer, backend, progress.say)
+        if backend != self.tokenizer_backend:
+            self._forget(numbers)
+        try:
+            for number in numbers:
+                self._write_part(number, encode, progress)
+        except Disagreement as error:
+            if self.tokenizer_backend == "tokie":
+                raise ValueError(f"tokenizer_backend tokie cannot serve: {error}; set it to auto.") from None
+            progress.say(f"tokenizer: from the start again with `tokenizers` itself, not the faster tokie: {error}.")
+            shards.write_json(self.fallen_back, str(error))
+            self.write(numbers, progress)
 
-    def finish(self) -> dict:
-        """Write what is left; return the split's entry in the manifest."""
-        self._write(last=True)
-        self.close()
-        return {
-            "documents": self.documents,
-            "tokens": self.packer.tokens,
-            "bytes": self.bytes,
-            "blocks": self.packer.blocks,
-            "remainder_tokens": self.packer.remainder,
-            "files": [f"{self.name}.arrow"],
-        }
+    def _forget(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            for at, record in enumerate(shards.records(self.directory, number)):
+                if record["backend"] != "tokenizers":
+                    (self.directory / f"shard-{number:05d}-{at:05d}.json").unlink()
+                    (self.directory / f"counts-{number:05d}-{at:05d}.npy").unlink()
 
-    def close(self) -> None:
-        if not self._file.closed:
-            self._stream.close()
-            self._file.close()
+    def _write_part(self, number: int, encode: Encoder, progress: Progress) -> None:
+        def open_feed(state: dict | None) -> Feed:
+            return Feed(self.parts[number], encode, None, self.limits, self._is_held_out, state)
+
+        shards.write_part(self.directory, number, open_feed, self.manifest, lambda: encode.backend, progress.tick)
+
+    def _is_held_out(self, text: str) -> bool:
+        return is_validation(text, self.manifest.validation_fraction)
 
 
 def prepare(
@@ -80,33 +94,51 @@ def prepare(
     block_size: int,
     prepared_dir: str | os.PathLike,
     source: dict,
-    validation_fraction: float = 0.01,
+    validation_fraction: float = 0.005,
     packing: str = "concat",
     progress: bool = True,
-) -> Manifest:
-    """Turn documents into packed blocks in prepared_dir, or find them already there.
+    tokenizer_backend: str = "auto",
+    max_documents: int | None = None,
+    max_tokens: int | None = None,
+    num_proc: int = 1,
+    shard_index: int = 0,
+    num_shards: int = 1,
+    save_tokenizer: bool = False,
+    only_merge: bool = False,
+    say: Callable[[str], None] = print,
+) -> Manifest | None:
+    """Write the set, or find it already there. A preparation that was killed goes on from its last finished shard.
 
     Args:
-        documents: Texts, read once; their `.skipped`, if they have one, goes into the manifest.
-        tokenizer: Fast tokenizer with an EOS token.
-        block_size: Tokens per row.
-        prepared_dir: Appears whole or not at all. A whole set of the same identity there is used as it is, and
-            documents is not read (`manifest.reused`).
-        source: What `corpus.describe_source` says the documents are.
-        validation_fraction: Share of distinct documents held out, by hash; 0 for none.
+        documents: `corpus.read_documents`'s, or any iterable of texts, none blank, the same at every start.
+        tokenizer: See `tokenization.load_tokenizer`.
+        prepared_dir: Absent, empty, or a set of the same identity, which is used as it is.
+        source: What `corpus.describe_source` says; part of the identity, so that another text is noticed.
         progress: Show a bar.
+        tokenizer_backend: See `encoding.Encoder`.
+        max_documents, max_tokens: See `feed.Limits`. A bounded corpus is one part, so it has one worker.
+        num_proc: Processes of this machine that share the parts.
+        shard_index, num_shards: This machine's number, from 0, of those that share the parts and prepared_dir. With
+            more than one, the set is joined by `prepare.py --merge` afterwards.
+        save_tokenizer: Keep the tokenizer in the set, in tokenizer/.
+        only_merge: Write no part: join those that are there, once all are.
 
     Returns:
-        The manifest, which is also in prepared_dir/manifest.json, beside train.arrow and validation.arrow (uint16 or
-        uint32), validation_documents.jsonl (the held-out text) and unigram_counts.npy (int64 [vocab_size], training).
+        The manifest; None where other machines' parts are not to be waited for.
 
     Raises:
-        ValueError: Empty corpus, fewer tokens than one block, nothing held out, a set of another identity or a damaged
-            one in prepared_dir.
+        ValueError: A bad argument, no text, fewer tokens than one block, nothing held out, a set of another identity or
+            a damaged one in prepared_dir.
         OSError: The disk is full or cannot be written.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}.")
+    if not 0 <= shard_index < num_shards:
+        raise ValueError(f"shard_index must be at least 0 and below num_shards = {num_shards}, got {shard_index}.")
+    limits = Limits(max_documents, max_tokens)
+    if limits and num_shards > 1:
+        raise ValueError("max_documents and max_tokens take the first of one stream: set num_shards to 1.")
+    check_packing(packing)
     manifest = Manifest(
         source=source,
         validation_fraction=validation_fraction,
@@ -115,31 +147,95 @@ def prepare(
         vocab_size=vocabulary_size(tokenizer),
         block_size=block_size,
         packing=packing,
+        options={name: value for name, value in asdict(limits).items() if value is not None},
         versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     )
+    make_packer(block_size, packing, manifest.eos_token_id)  # its checks, before a directory is made
+    check_backend(tokenizer_backend)
     target = Path(os.path.realpath(prepared_dir))
     if (found := _prepared_already(target, manifest)) is not None:
         return found
-    return _write_whole(target, documents, tokenizer, manifest, progress)
+    if not isinstance(documents, Documents):
+        documents = Documents([Rows("documents", functools.partial(iter, documents))])
+    parts = [documents] if limits else documents.parts()
+    work = Work(open_partial(target, manifest), parts, tokenizer, manifest, tokenizer_backend, limits)
+    with _in_use(work.directory):
+        if not only_merge:
+            _write_parts(work, shard_index, num_shards, num_proc, Progress(progress, documents.bytes, say))
+        if num_shards > 1 and not only_merge:
+            return None
+        if save_tokenizer:
+            tokenizer.save_pretrained(work.directory / "set" / "tokenizer")
+        return merge(work.directory, target, len(parts), manifest)
 
 
-def _write_whole(target: Path, documents: Iterable[str], tokenizer, manifest: Manifest, progress: bool) -> Manifest:
-    """Write the set in a directory beside target and rename it, so that target appears whole or not at all."""
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write_set(partial, documents, tokenizer, manifest, progress)
+@contextlib.contextmanager
+def _in_use(work: Path) -> Iterator[None]:
+    """Remove a partial set that holds nothing to go on from, unless another process is at it."""
+    with open(work / "in-use.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
         try:
-            os.rename(partial, target)  # onto nothing, or an empty directory
-        except OSError:
-            if (found := _prepared_already(target, manifest)) is None:
-                raise
-            return found  # another process was faster
-        sync(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
+            yield
+        finally:
+            if work.exists() and not list(work.glob("shard-*.json")):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(work)
+
+
+def _write_parts(work: Work, shard_index: int, num_shards: int, num_proc: int, progress: Progress) -> None:
+    numbers = range(shard_index, len(work.parts), num_shards)
+    num_proc = min(num_proc, len(numbers))
+    with progress:
+        if num_proc < 2:
+            work.write(numbers, progress)
+            return
+        import multiprocessing
+
+        with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn")) as pool:
+            shares = [pool.submit(_write_share, work, numbers[at::num_proc], num_proc) for at in range(num_proc)]
+            for share in shares:
+                progress.add(*share.result())
+
+
+def _write_share(work: Work, numbers: range, num_proc: int) -> tuple:
+    os.environ["RAYON_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_proc))
+    progress = Progress(False, None, print)
+    work.write(numbers, progress)
+    return progress.documents, progress.bytes, progress.tokens
+
+
+def merge(work: Path, target: Path, parts: int, manifest: Manifest) -> Manifest:
+    """Join the finished parts into the set.
+
+    Raises ValueError naming the parts that are missing, and where the corpus cannot be a set.
+    """
+    missing = [number for number in range(parts) if not shards.is_done(work, number)]
+    if missing:
+        named = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(f"{len(missing)} of {parts} parts of {target} are not finished ({named}): prepare them first.")
+    if (work / "tokenizers-only").exists():
+        for number in range(parts):
+            if any(record["backend"] != "tokenizers" for record in shards.records(work, number)):
+                raise ValueError(f"part {number} of {target} was encoded by tokie, which disagreed: prepare it again.")
+    try:
+        return assemble(work, target, parts, manifest)
+    except ValueError:
+        shutil.rmtree(work)
+        raise
+
+
+def open_partial(target: Path, manifest: Manifest) -> Path:
+    """Make the directory of a set in the making, or find one of the same identity; refuse another's."""
+    work = target.with_name(f".{target.name}.partial")
+    (work / "set").mkdir(parents=True, exist_ok=True)
+    path = work / "identity.json"
+    if path.exists():
+        held = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        check_identity(held, manifest, work)
+    else:
+        shards.write_json(path, {key: value for key, value in asdict(manifest).items() if key != "reused"})
+    return work
 
 
 def _prepared_already(target: Path, wanted: Manifest) -> Manifest | None:
@@ -150,90 +246,8 @@ def _prepared_already(target: Path, wanted: Manifest) -> Manifest | None:
     check_identity(found, wanted, target)
     verify(target)
     found.reused = True
+    shutil.rmtree(target.with_name(f".{target.name}.partial"), ignore_errors=True)  # killed just after its rename
     return found
-
-
-def _write_set(directory: Path, documents: Iterable[str], tokenizer, manifest: Manifest, progress: bool) -> None:
-    """Write every file of the set, the manifest last, and fill the manifest in."""
-    dtype = token_dtype(manifest.vocab_size)
-    writers = [_SplitWriter(directory, name, manifest.block_size, manifest.packing, dtype) for name in SPLITS]
-    try:
-        counts = _write_blocks(directory, documents, document_encoder(tokenizer), manifest, writers, progress)
-        manifest.splits = {writer.name: writer.finish() for writer in writers}
-    finally:
-        for writer in writers:
-            writer.close()
-    manifest.skipped_rows = getattr(documents, "skipped", 0)
-    _check_splits(manifest)
-    np.save(directory / UNIGRAM_COUNTS, counts)
-    for path in sorted(directory.iterdir()):
-        sync(path)
-        entry = describe_file(path)
-        manifest.files[entry["name"]] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
-    manifest.save(directory)
-
-
-def _write_blocks(directory: Path, documents, encode, manifest: Manifest, writers: list, progress: bool) -> np.ndarray:
-    """Encode and pack batch by batch; return how often each id stands in the training documents, int64 [vocab_size]."""
-    from tqdm import tqdm
-
-    counts = np.zeros(manifest.vocab_size, dtype=np.int64)
-    start = time.monotonic()
-    with (
-        open(directory / VALIDATION_DOCUMENTS, "w", encoding="utf-8", newline="\n") as held_out,
-        tqdm(desc="preparing", unit=" documents", disable=not progress) as bar,
-    ):
-        for texts in _batches(documents):
-            ids = encode(texts)
-            sides = [is_validation(text, manifest.validation_fraction) for text in texts]
-            for writer, side in zip(writers, (False, True), strict=True):
-                mine = [number for number, held in enumerate(sides) if held == side]
-                writer.add([ids[number] for number in mine], sum(len(texts[number].encode()) for number in mine))
-            for text, array, held in zip(texts, ids, sides, strict=True):
-                if held:
-                    held_out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-                else:
-                    counts += np.bincount(array, minlength=manifest.vocab_size)
-            seconds = max(time.monotonic() - start, 1e-9)
-            megabytes, tokens = (sum(writer.bytes for writer in writers) / 1e6, sum(w.packer.tokens for w in writers))
-            bar.set_postfix_str(f"{megabytes / seconds:.1f} MB/s, {tokens / seconds:,.0f} tokens/s", refresh=False)
-            bar.update(len(texts))
-    return counts
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Group documents up to BATCH_BYTES characters; a longer one stands alone."""
-    batch, size = [], 0
-    for text in documents:
-        if batch and size + len(text) > BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(text)
-        size += len(text)
-    if batch:
-        yield batch
-
-
-def _check_splits(manifest: Manifest) -> None:
-    train, validation = (manifest.splits[name] for name in SPLITS)
-    documents = train["documents"] + validation["documents"]
-    if not documents:
-        blank = f" ({manifest.skipped_rows} rows were null or blank)" if manifest.skipped_rows else ""
-        raise ValueError(f"The corpus is empty{blank}; give a dataset or files with text in {_text_column(manifest)}.")
-    if manifest.validation_fraction and not validation["documents"]:
-        raise ValueError(
-            f"validation_fraction {manifest.validation_fraction} held out none of {documents} documents; "
-            "raise it, or set it to 0 to train without a held-out split."
-        )
-    if not train["blocks"]:
-        raise ValueError(
-            f"One block needs {manifest.block_size} tokens, the training documents hold {train['tokens']}; "
-            "give more text or lower block_size."
-        )
-
-
-def _text_column(manifest: Manifest) -> str:
-    return f"text_column {manifest.source.get('text_column', 'text')!r}"
 
 
 def load_blocks(prepared_dir: str | os.PathLike, split: str):
@@ -245,22 +259,32 @@ def load_blocks(prepared_dir: str | os.PathLike, split: str):
     Raises:
         ValueError: Not a prepared set, or one of its files is missing or of the wrong size.
     """
-    from datasets import Dataset, concatenate_datasets
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
 
     manifest = verify(prepared_dir)
     parts = [Dataset.from_file(str(Path(prepared_dir, name))) for name in manifest.splits[split]["files"]]
+    if not parts:
+        column = List(Value(token_dtype(manifest.vocab_size).name), length=manifest.block_size)
+        parts = [Dataset.from_dict({"input_ids": []}, features=Features({"input_ids": column}))]
     return concatenate_datasets(parts).with_format("numpy")
 
 
 def load_validation_documents(prepared_dir: str | os.PathLike) -> Iterator[str]:
     """Yield the held-out documents' text, in the order of the corpus. Raises ValueError as `load_blocks`."""
-    verify(prepared_dir)
-    with open(Path(prepared_dir, VALIDATION_DOCUMENTS), encoding="utf-8", newline="\n") as file:
-        for line in file:
-            yield json.loads(line)["text"]
+    manifest = verify(prepared_dir)
+    for name in manifest.validation_documents:
+        with open(Path(prepared_dir, name), encoding="utf-8", newline="\n") as file:
+            for line in file:
+                yield json.loads(line)["text"]
 
 
 def load_unigram_counts(prepared_dir: str | os.PathLike) -> np.ndarray:
     """Return how often each id stands in the training documents, int64 [vocab_size]. Raises as `load_blocks`."""
     verify(prepared_dir)
     return np.load(Path(prepared_dir, UNIGRAM_COUNTS))
+
+
+if __name__ == "__main__":
+    from .command import main
+
+    main()

@@ -75,7 +75,13 @@ class JsonLines:
             else:
                 file.seek(position or 0)
             while (at := file.tell()) < end:
-                yield parse_lines(file.readlines(min(READ_BYTES, end - at)), self.column), file.tell()
+                hint = (
+                    min(READ_BYTES, end - at) - 1
+                )  # readlines stops once it has read more than the hint; 0 is no bound
+                lines = file.readlines(hint) if hint else [file.readline()]
+                values = parse_lines(lines, self.column)
+                del lines  # one may be of hundreds of megabytes
+                yield values, file.tell()
 
     def _read_gzip(self, line: int) -> Iterator[tuple[list, int]]:
         with gzip.open(self.name, "rb") as file:

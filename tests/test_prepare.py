@@ -2,20 +2,22 @@
 
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from smolpretrain.data import prepare as prepare_module
-from smolpretrain.data.corpus import is_validation, read_documents
+from smolpretrain.data import documents as documents_module
+from smolpretrain.data import readers, shards
+from smolpretrain.data.corpus import describe_source, is_validation, read_documents
 from smolpretrain.data.manifest import Manifest, verify
 from smolpretrain.data.prepare import load_blocks, load_unigram_counts, load_validation_documents, prepare
+from smolpretrain.data.progress import Progress
 from smolpretrain.data.tokenization import encode_documents, train_tokenizer
 
 TEXTS = [f"Document {number} says that the {word} sat on the mat.\n\u2028\u20ac" for number in range(60)
@@ -58,9 +60,9 @@ def test_blocks_are_the_training_documents_end_to_end(tmp_path):
 
 def test_a_token_takes_two_bytes_and_rows_are_memory_mapped(tmp_path):
     prepared(tmp_path / "set")
-    dataset = Dataset.from_file(str(tmp_path / "set" / "train.arrow"))
+    dataset = Dataset.from_file(str(tmp_path / "set" / "train-00000-00000.arrow"))
     assert str(dataset.features["input_ids"]) == "List(Value('uint16'), length=16)"
-    assert load_blocks(tmp_path / "set", "train").cache_files[0]["filename"].endswith("train.arrow")
+    assert load_blocks(tmp_path / "set", "train").cache_files[0]["filename"].endswith("train-00000-00000.arrow")
 
 
 def test_identical_documents_never_stand_on_both_sides(tmp_path):
@@ -74,7 +76,7 @@ def test_held_out_text_comes_back_as_it_was(tmp_path):
     prepared(tmp_path / "set")
     held = [text for text in TEXTS if is_validation(text, 0.1)]
     assert list(load_validation_documents(tmp_path / "set")) == held
-    again = read_documents(data_files=str(tmp_path / "set" / "validation_documents.jsonl"))
+    again = read_documents(data_files=str(tmp_path / "set" / "validation_documents-00000-00000.jsonl"))
     assert list(again) == held  # and it is a data file like any other
 
 
@@ -88,16 +90,16 @@ def test_unigram_counts_are_those_of_the_training_documents(tmp_path):
 
 
 def test_two_preparations_are_the_same_bytes_whatever_the_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "RECORD_BATCH_TOKENS", 160)
+    monkeypatch.setattr(shards, "RECORD_BATCH_TOKENS", 160)
     first = prepared(tmp_path / "a")
-    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 400)
+    monkeypatch.setattr(readers, "READ_BYTES", 400)
     assert prepared(tmp_path / "b").fingerprint == first.fingerprint
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
 def test_many_record_batches_are_one_dataset(tmp_path, monkeypatch):
     prepared(tmp_path / "a")
-    monkeypatch.setattr(prepare_module, "RECORD_BATCH_TOKENS", 48)
+    monkeypatch.setattr(shards, "RECORD_BATCH_TOKENS", 48)
     prepared(tmp_path / "b")
     for split in ("train", "validation"):
         a, b = (np.stack(list(load_blocks(tmp_path / name, split)["input_ids"])) for name in "ab")
@@ -105,7 +107,7 @@ def test_many_record_batches_are_one_dataset(tmp_path, monkeypatch):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=12, max_size=30), st.integers(2, 9))
+@given(st.lists(st.text(st.characters(codec="utf-8")).filter(str.strip), min_size=12, max_size=30), st.integers(2, 9))
 def test_no_token_of_any_text_is_lost(tmp_path_factory, texts, block_size):
     directory = tmp_path_factory.mktemp("any") / "set"
     manifest = prepared(directory, texts, block_size=block_size, validation_fraction=0)
@@ -160,8 +162,14 @@ def test_a_set_of_another_identity_is_refused_naming_both(tmp_path, change, sent
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda d: (d / "train.arrow").unlink(), r"train\.arrow is missing from the prepared set; delete .*set and"),
-        (lambda d: os.truncate(d / "train.arrow", 100), r"train\.arrow is damaged: it holds 100 bytes, its .* says"),
+        (
+            lambda d: (d / "train-00000-00000.arrow").unlink(),
+            r"train-.*arrow is missing from the prepared set; delete .*set and",
+        ),
+        (
+            lambda d: os.truncate(d / "train-00000-00000.arrow", 100),
+            r"train-.*arrow is damaged: it holds 100 bytes, its .* says",
+        ),
         (
             lambda d: os.truncate(d / "manifest.json", 90),
             r"manifest\.json is damaged \(.*\); delete .* prepare it again",
@@ -170,8 +178,11 @@ def test_a_set_of_another_identity_is_refused_naming_both(tmp_path, change, sent
             lambda d: edit(d, lambda m: m["splits"]["train"].update(files=[])),
             r"manifest\.json is damaged \(fingerprint",
         ),
-        (lambda d: edit(d, lambda m: m["files"].pop("validation.arrow")), r"manifest\.json is damaged \(fingerprint"),
-        (lambda d: edit(d, lambda m: m.update(format_version=99)), "has format_version 99, this version reads 1"),
+        (
+            lambda d: edit(d, lambda m: m["files"].pop("validation-00000-00000.arrow")),
+            r"manifest\.json is damaged \(fingerprint",
+        ),
+        (lambda d: edit(d, lambda m: m.update(format_version=99)), "has format_version 99, this version reads 2"),
         (lambda d: (d / "manifest.json").unlink(), r"is not a prepared set \(it has no manifest\.json\)"),
     ],
     ids=["missing", "truncated", "manifest cut", "split list", "fewer files", "format", "no manifest"],
@@ -186,12 +197,12 @@ def test_a_damaged_set_is_refused_naming_the_file(tmp_path, damage, sentence):
 
 def test_a_flipped_byte_is_found_by_sha256(tmp_path):
     prepared(tmp_path / "set")
-    path = tmp_path / "set" / "train.arrow"
+    path = tmp_path / "set" / "train-00000-00000.arrow"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     verify(tmp_path / "set")  # sizes agree
-    with pytest.raises(ValueError, match=r"train\.arrow is damaged: its sha256 is [0-9a-f]{16}, its manifest says"):
+    with pytest.raises(ValueError, match=r"train-.*arrow is damaged: its sha256 is [0-9a-f]{16}, its manifest says"):
         verify(tmp_path / "set", sha256=True)
 
 
@@ -215,7 +226,7 @@ def test_an_empty_directory_is_filled(tmp_path):
         ({"texts": TEXTS[:3], "validation_fraction": 1e-6}, "1e-06 held out none of 3 documents; raise it, or set it"),
         ({"validation_fraction": 1.0}, r"validation_fraction must be at least 0 and below 1, got 1\.0\."),
         ({"block_size": 1}, "block_size must be at least 2"),
-        ({"packing": "best_fit"}, "packing must be one of concat, got 'best_fit'"),
+        ({"packing": "worst"}, "packing must be one of concat, best_fit, got 'worst'"),
     ],
     ids=["empty", "short", "none held out", "fraction", "block_size", "packing"],
 )
@@ -256,7 +267,7 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path):
         yield from TEXTS
         raise OSError("No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError, match="cannot be read past row 0 .No space left"):
         prepared(tmp_path / "set", failing())
     assert list(tmp_path.iterdir()) == []
 
@@ -265,7 +276,7 @@ def test_a_kill_in_the_middle_leaves_no_set_and_the_next_run_is_undisturbed(tmp_
     code = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[2]); import test_prepare as t\n"
         "def killed():\n    yield from t.TEXTS\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "t.prepare_module.BATCH_BYTES = 100; t.prepared(sys.argv[1], killed())"
+        "t.readers.READ_BYTES = 100; t.prepared(sys.argv[1], killed())"
     )
     arguments = [sys.executable, "-c", code, str(tmp_path / "set"), os.path.dirname(__file__)]
     assert subprocess.run(arguments, capture_output=True).returncode == -9
@@ -275,22 +286,22 @@ def test_a_kill_in_the_middle_leaves_no_set_and_the_next_run_is_undisturbed(tmp_
     assert files(tmp_path / "set") == files(tmp_path / "undisturbed")
 
 
-def test_a_faster_process_is_let_win(tmp_path, monkeypatch):
-    prepared(tmp_path / "other")
-
+def test_a_second_process_at_the_same_set_is_refused_and_the_first_one_ends_whole(tmp_path):
     def overtaken():
-        yield from TEXTS
-        shutil.copytree(tmp_path / "other", tmp_path / "set")
+        yield TEXTS[0]
+        with pytest.raises(ValueError, match=r"part 0 of .*set\.partial is being prepared by another process"):
+            prepared(tmp_path / "set")
+        yield from TEXTS[1:]
 
-    assert prepared(tmp_path / "set", overtaken()).reused
+    assert prepared(tmp_path / "set", overtaken()) == prepared(tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "set"]
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
     import tracemalloc
 
-    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 2**16)
-    monkeypatch.setattr(prepare_module, "RECORD_BATCH_TOKENS", 2**14)
+    monkeypatch.setattr(readers, "READ_BYTES", 2**16)
+    monkeypatch.setattr(shards, "RECORD_BATCH_TOKENS", 2**14)
     peaks = []
     for number in (1_000, 10_000):
         tracemalloc.start()
@@ -298,3 +309,125 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.3 * peaks[0]
+
+
+KILLED = """
+import os, signal, sys; sys.path.insert(0, sys.argv[1]); import test_prepare as t
+t.prepare_corpus(sys.argv[2], sys.argv[3], kill_after=int(sys.argv[4]), packing=sys.argv[5])
+"""
+
+
+def prepare_corpus(path, directory, kill_after=None, packing="concat", **more):
+    """Prepare a file in parts of 2,000 bytes and shards of 500; kill this process when so many batches were written."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in (
+            (readers, "READ_BYTES", 200), (documents_module, "PART_BYTES", 2_000), (shards, "SHARD_BYTES", 500),
+        ):  # fmt: skip
+            patch.setattr(module, name, value)
+        seen, tick = [], Progress.tick
+
+        def count(self, batch):
+            tick(self, batch)
+            seen.append(batch)
+            if len(seen) == kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        patch.setattr(Progress, "tick", count)
+        source = {"data_files": [str(path)]}
+        made = prepare(
+            read_documents(**source), TOKENIZER, 16, directory, describe_source(**source), 0.1, packing,
+            progress=False, **more,
+        )  # fmt: skip
+        return made, len(seen)
+
+
+def write_corpus(path, texts=TEXTS) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_killed_anywhere_it_goes_on_from_the_last_finished_shard_to_the_same_bytes(tmp_path, packing):
+    path = write_corpus(tmp_path / "a.jsonl")
+    manifest, batches = prepare_corpus(path, tmp_path / "undisturbed", packing=packing)
+    assert batches > 20 and len(manifest.files) > 10
+    for kill_after in (2, batches // 2):
+        target = tmp_path / f"killed-{kill_after}"
+        words = [os.path.dirname(__file__), path, str(target), str(kill_after), packing]
+        assert subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True).returncode == -9
+        assert not target.exists()
+        finished = len(list(tmp_path.glob(f".{target.name}.partial/shard-*.json")))
+        _, again = prepare_corpus(path, target, packing=packing)
+        assert again < batches or finished == 0
+        assert files(target) == files(tmp_path / "undisturbed")
+    assert finished > 3
+
+
+@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    st.lists(st.text(st.characters(codec="utf-8"), max_size=120), min_size=40, max_size=80),
+    st.integers(1, 5),
+    st.sampled_from(["concat", "best_fit"]),
+)
+def test_the_set_is_the_same_for_any_number_of_machines(tmp_path_factory, texts, machines, packing):
+    directory = tmp_path_factory.mktemp("machines")
+    path = write_corpus(directory / "a.jsonl", [*texts, *TEXTS])
+    alone, _ = prepare_corpus(path, directory / "alone", packing=packing)
+    for index in reversed(range(machines)):
+        made, _ = prepare_corpus(path, directory / "many", packing=packing, shard_index=index, num_shards=machines)
+    if machines > 1:
+        assert made is None
+        with_one = prepare_corpus(path, directory / "many", packing=packing)[0]  # nothing left but the joining
+        assert with_one == alone
+    assert files(directory / "many") == files(directory / "alone")
+    for split in alone.splits.values():
+        held = split["tokens"] + split["padding_tokens"]
+        assert held == split["blocks"] * 16 + split["remainder_tokens"]
+        assert split["remainder_tokens"] < 16 and (packing == "concat" or split["remainder_tokens"] == 0)
+    stream = np.concatenate(encode_documents(TOKENIZER, [text for text in [*texts, *TEXTS] if text.strip()]))
+    assert sum(split["tokens"] for split in alone.splits.values()) == len(stream)
+
+
+def test_processes_of_one_machine_make_the_same_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents_module, "PART_BYTES", 2_000)
+    source = {"data_files": [write_corpus(tmp_path / "a.jsonl")]}
+    for number in (1, 2):
+        documents = read_documents(**source)
+        prepare(documents, TOKENIZER, 16, tmp_path / str(number), SOURCE, 0.1, progress=False, num_proc=number)
+    assert files(tmp_path / "1") == files(tmp_path / "2") and len(files(tmp_path / "1")) > 9
+
+
+def test_an_unfinished_set_of_another_identity_is_refused(tmp_path):
+    path = write_corpus(tmp_path / "a.jsonl")
+    prepare_corpus(path, tmp_path / "set", shard_index=0, num_shards=2)
+    with pytest.raises(
+        ValueError, match=r"\.set\.partial was prepared with packing \"concat\", but \"best_fit\" is asked"
+    ):
+        prepare_corpus(path, tmp_path / "set", packing="best_fit")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 2_000), st.sampled_from([None, 7]))
+def test_a_subset_has_exactly_the_tokens_asked_for(tmp_path_factory, max_tokens, max_documents):
+    directory = tmp_path_factory.mktemp("subset") / "set"
+    try:
+        manifest = prepared(directory, validation_fraction=0, max_tokens=max_tokens, max_documents=max_documents)
+    except ValueError as error:
+        assert "One block needs 16 tokens" in str(error) and max_tokens < 16
+        return
+    lengths = [len(ids) for ids in encode_documents(TOKENIZER, TEXTS[:max_documents])]
+    assert manifest.splits["train"]["tokens"] == min(max_tokens, sum(lengths))
+    stream = np.concatenate(encode_documents(TOKENIZER, TEXTS))
+    rows = np.concatenate(list(load_blocks(directory, "train")["input_ids"]))
+    assert (rows[:-1] == stream[: len(rows) - 1]).all()
+
+
+def test_a_subset_by_documents_takes_the_first_ones(tmp_path):
+    manifest = prepared(tmp_path / "set", max_documents=50)
+    assert sum(split["documents"] for split in manifest.splits.values()) == 50
+    held = [text for text in TEXTS[:50] if is_validation(text, 0.1)]
+    assert list(load_validation_documents(tmp_path / "set")) == held
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, or null to take everything, got 0"):
+        prepared(tmp_path / "other", max_tokens=0)
+    with pytest.raises(ValueError, match="take the first of one stream: set num_shards to 1"):
+        prepared(tmp_path / "other", max_tokens=9, num_shards=2)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig, set_seed
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, LlamaConfig, MixtralConfig, set_seed
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from smolpretrain.arguments import PretrainArguments
@@ -72,6 +72,15 @@ def test_config_overrides_change_fields_and_an_unknown_one_is_refused():
     assert model.load_config("smollm2-135m", {"num_hidden_layers": 3}).num_hidden_layers == 3
     with pytest.raises(ValueError, match="config_overrides: layers is not a field of LlamaConfig"):
         model.load_config("smollm2-135m", {"layers": 3})
+    with pytest.raises(ValueError, match="config_overrides = .*make no LlamaConfig"):
+        model.load_config("smollm2-135m", {"num_hidden_layers": "three"})
+
+
+def test_what_is_derived_follows_an_override(tmp_path):
+    model.load_config("smollm2-135m").save_pretrained(tmp_path)
+    for name in ("smollm2-135m", str(tmp_path)):
+        config = model.load_config(name, {"hidden_size": 768, "num_attention_heads": 6, "num_key_value_heads": 6})
+        assert config.head_dim == 128 and config.rope_parameters["rope_theta"] == 10000.0
 
 
 def test_a_model_that_is_nowhere_is_named(tmp_path):
@@ -95,22 +104,56 @@ def test_vocabulary_and_block_must_fit_the_model():
     with pytest.raises(ValueError, match="block_size = 129 is more than the model's 128 positions"):
         model.fit_config(config, tokenizer, 129)
     model.fit_config(config, tokenizer, 128)
-    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, 0)
+    assert (config.bos_token_id, config.eos_token_id) == (0, 0)
+    embeddings = model.random_model(config, 0, "sdpa").model.embed_tokens
+    assert embeddings.padding_idx is None and embeddings.weight[0].norm() > 0.1  # EOS is learned like any other
 
 
 def test_flash_attention_that_cannot_be_had_is_refused_and_auto_says_which():
-    cpu = torch.device("cpu")
+    cpu, llama = torch.device("cpu"), LlamaConfig()
     with pytest.raises(ValueError, match="attn_implementation = flash_attention_2 cannot be had"):
-        model.choose_attention("flash_attention_2", cpu)
-    assert model.choose_attention("auto", cpu)[0] == "sdpa"
-    assert model.choose_attention("eager", cpu) == ("eager", "as asked")
+        model.choose_attention("flash_attention_2", cpu, llama)
+    assert model.choose_attention("auto", cpu, llama)[0] == "sdpa"
+    assert model.choose_attention("eager", cpu, llama) == ("eager", "as asked")
+
+
+def test_a_model_without_sdpa_gets_eager_and_is_refused_sdpa():
+    cpu, config = torch.device("cpu"), BloomConfig()
+    assert model.choose_attention("auto", cpu, config)[0] == "eager"
+    with pytest.raises(ValueError, match="attn_implementation = sdpa: BloomForCausalLM does not have it"):
+        model.choose_attention("sdpa", cpu, config)
+
+
+def test_a_model_that_ignores_positions_is_refused_intra_document_masking():
+    config = BloomConfig(vocab_size=512, hidden_size=64, n_layer=2, n_head=4)
+    with pytest.raises(ValueError, match="BloomForCausalLM lets attention run across documents"):
+        model.check_masking(model.random_model(config, 0, "eager"))
+    for attention in ("eager", "sdpa"):
+        model.check_masking(tiny(attention=attention))
+
+
+def test_the_probes_before_training_do_not_run_flash_attention_on_a_cpu(monkeypatch):
+    network = tiny()
+
+    def kernel(*args, **kwargs):
+        raise RuntimeError("FlashAttention only supports fp16 and bf16, on CUDA")
+
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", kernel)
+    network.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(RuntimeError, match="FlashAttention only"):
+        network(input_ids=torch.arange(8)[None], use_cache=False)  # what the probes would meet
+    model.check_masking(network)
+    assert loss.install_chunked_loss(network, 16) is None
+    assert network.config._attn_implementation == "flash_attention_2"
 
 
 def test_auto_takes_flash_attention_where_it_is_installed_and_the_device_allows_it(monkeypatch):
     monkeypatch.setattr(model, "find_spec", lambda name: object())
     for capability, expected in (((8, 0), "flash_attention_2"), ((7, 5), "sdpa")):
         monkeypatch.setattr(model.torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert model.choose_attention("auto", torch.device("cuda"))[0] == expected
+        assert model.choose_attention("auto", torch.device("cuda"), LlamaConfig())[0] == expected
 
 
 # The loss
@@ -151,6 +194,26 @@ def test_the_loss_in_chunks_never_builds_the_full_logits():
     with Largest():
         ForCausalLMLoss(torch.nn.functional.linear(hidden, weight), labels, 1000).backward()
     assert largest[0] == 400 * 1000  # what the guard above would see
+
+
+def test_without_gradients_the_loss_makes_none():
+    hidden, weight = torch.randn(1, 40, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+    made = []
+
+    class Made(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and "zeros_like" in str(func):
+                made.append(tuple(out.shape))
+            return out
+
+    labels = torch.randint(0, 1000, (1, 40))
+    with Made(), torch.no_grad():
+        loss.linear_cross_entropy(hidden, weight, labels, 20)
+    assert (1000, 8) not in made
+    with Made():
+        loss.linear_cross_entropy(hidden, weight, labels, 20)
+    assert (1000, 8) in made  # what the guard above would see
 
 
 def test_the_loss_under_autocast_equals_the_models_own_to_bfloat16():
@@ -241,11 +304,26 @@ def test_eos_is_a_target_of_training(tmp_path):
     assert (batch["labels"][:, 1:] == EOS).any()
 
 
+def test_the_keys_of_flash_attention_pass_through_the_real_trainer_and_change_nothing_under_sdpa(tmp_path):
+    losses = []
+    for cu_seq_lens in (False, True):
+        made = trainer(tmp_path, logging_steps=1)
+        made.data_collator = PackedCollator(EOS, cu_seq_lens=cu_seq_lens)
+        seen, forward = [], made.model.forward
+        made.model.forward = lambda *args, seen=seen, forward=forward, **kw: (
+            seen.append(set(kw)) or forward(*args, **kw)
+        )
+        made.train()
+        assert all(("cu_seq_lens_q" in keys) == ("max_length_k" in keys) == cu_seq_lens for keys in seen)
+        losses.append([row["loss"] for row in made.state.log_history if "loss" in row])
+    assert len(losses[0]) == 2 and losses[0] == losses[1]
+
+
 def test_the_export_is_tied_once_readable_by_all_and_uses_its_cache(tmp_path):
     made = trainer(tmp_path, bf16=True)
     made.processing_class = train_tokenizer(["some text to train on, long enough"] * 3, 300)
     made.train()
-    made.export(str(tmp_path))
+    made.export()
     from safetensors import safe_open
 
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -269,6 +347,11 @@ def test_run_json_grows_entry_by_entry_and_is_never_half_written(tmp_path):
         "result": {"bits_per_byte": 2.0},
     }
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_versions_of_what_is_not_installed_are_none(monkeypatch):
+    monkeypatch.setattr(record, "_RECORDED", ("torch", "not-there"))
+    assert record.versions()["not-there"] is None and record.versions()["torch"]
 
 
 def test_the_commit_is_none_outside_a_checkout(tmp_path):

@@ -78,6 +78,8 @@ def linear_cross_entropy(hidden, weight, labels, chunk_tokens, num_items_in_batc
     """
     targets = pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
     device = hidden.device.type
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()  # or their gradients would be made, and thrown away
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -105,7 +107,9 @@ def install_chunked_loss(model, chunk_tokens):
         return "its head is not a plain linear layer"
     probe = torch.arange(1, 9, device=head.weight.device).unsqueeze(0) % model.config.vocab_size
     probe = {"input_ids": probe, "labels": probe, "use_cache": False}
-    was_training = model.training
+    was_training, attention = model.training, model.config._attn_implementation
+    if attention.startswith("flash"):
+        model.config._attn_implementation = "eager"  # its kernels take neither a CPU's tensors nor fp32
     with torch.no_grad():
         expected = model.eval()(**probe).loss
     plain_head, plain_loss, active = head.forward, model.loss_function, [False]
@@ -131,6 +135,7 @@ def install_chunked_loss(model, chunk_tokens):
     with torch.no_grad():
         found = model(**probe).loss
     model.train(was_training)
+    model.config._attn_implementation = attention
     if torch.allclose(found, expected, rtol=1e-4):
         return None
     for hook in hooks:

@@ -63,14 +63,15 @@ def load_config(model_name, overrides=None):
         overrides: Fields to change; a field that the config does not have is refused.
 
     Raises:
-        ValueError: The name leads nowhere, or a field does not exist.
+        ValueError: The name leads nowhere, it is no causal language model, or a field cannot be so.
     """
+    overrides, path = overrides or {}, Path(model_name).expanduser()
     if model_name in BUILT_IN:
         config = LlamaConfig(**{**_SMOLLM2, **BUILT_IN[model_name]})
-    elif Path(model_name).expanduser().is_dir():
-        if not (Path(model_name).expanduser() / "config.json").is_file():
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
             raise ValueError(f"model_name = {model_name} is a directory without config.json.")
-        config = AutoConfig.from_pretrained(Path(model_name).expanduser())
+        config = AutoConfig.from_pretrained(path)
     elif model_name.count("/") != 1 or model_name.startswith((".", "/", "~")):
         raise ValueError(
             f"model_name = {model_name} is not a directory, a Hub id (user/name) or one of {', '.join(BUILT_IN)}."
@@ -83,13 +84,25 @@ def load_config(model_name, overrides=None):
                 f"model_name = {model_name} cannot be had from the Hub: {str(error).splitlines()[0]} Is the name "
                 "right, the network there, and, where it is gated, `hf auth login` done?"
             ) from None
-    for name, value in (overrides or {}).items():
-        if not hasattr(config, name):
-            raise ValueError(f"config_overrides: {name} is not a field of {type(config).__name__}.")
-        setattr(config, name, value)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"model_name = {model_name} is a {config.model_type}, which is not a causal language model.")
-    return config
+    return _override(config, overrides) if overrides else config
+
+
+def _override(config, overrides):
+    """The configuration made anew with other fields, so that what is derived from them follows."""
+    fields = config.to_dict()
+    for name in overrides:
+        if name not in fields:
+            raise ValueError(f"config_overrides: {name} is not a field of {type(config).__name__}.")
+    heads, size = fields.get("num_attention_heads"), fields.get("hidden_size")
+    if heads and size and fields.get("head_dim") == size // heads:
+        fields.pop("head_dim")  # it was derived, and is derived again
+    try:
+        return type(config).from_dict(fields | overrides)
+    except Exception as error:  # transformers' strict configs raise types of their own
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"config_overrides = {overrides} make no {type(config).__name__}: {reason}.") from None
 
 
 def tokenizer_source(model_name, tokenizer_name):
@@ -119,30 +132,57 @@ def fit_config(config, tokenizer, block_size):
             f"block_size = {block_size} is more than the model's {positions} positions: lower it, or set "
             f'config_overrides={{"max_position_embeddings": {block_size}}}.'
         )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(tokenizer, name))
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id  # an embedding's padding row gets no gradient: EOS must never be it
+    config.pad_token_id = None if pad in (tokenizer.bos_token_id, tokenizer.eos_token_id) else pad
 
 
-def choose_attention(asked, device):
+def choose_attention(asked, device, config):
     """The attention implementation and the reason, in words.
 
     Raises:
-        ValueError: flash_attention_2 is asked for and cannot be had.
+        ValueError: What is asked for cannot be had, here or with this architecture.
     """
+    network = AutoModelForCausalLM._model_mapping[type(config)]
+    supported = {"eager": True, "sdpa": network._supports_sdpa, "flash_attention_2": network._supports_flash_attn}
     installed = find_spec("flash_attn") is not None
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    if asked != "auto" and not supported[asked]:
+        raise ValueError(f"attn_implementation = {asked}: {network.__name__} does not have it. Set it to auto.")
     if asked == "flash_attention_2" and not (installed and ampere):
-        missing = (
-            "flash-attn is not installed (pip install 'smolpretrain[gpu]')"
-            if not installed
-            else (f"{device.type} is not a CUDA device of compute capability 8 or more")
-        )
+        missing = f"{device.type} is not a CUDA device of compute capability 8 or more"
+        if not installed:
+            missing = "flash-attn is not installed (pip install --no-build-isolation flash-attn)"
         raise ValueError(f"attn_implementation = flash_attention_2 cannot be had: {missing}. Set it to auto or sdpa.")
     if asked != "auto":
         return asked, "as asked"
-    if installed and ampere:
+    if installed and ampere and supported["flash_attention_2"]:
         return "flash_attention_2", "flash-attn is installed and the device allows it"
-    return "sdpa", f"flash-attn is not installed, device {device.type}" if not installed else f"device {device.type}"
+    if not supported["sdpa"]:
+        return "eager", f"{network.__name__} has no other"
+    return "sdpa", f"device {device.type}" if installed else f"flash-attn is not installed, device {device.type}"
+
+
+def check_masking(network):
+    """Hold that restarting position_ids keep attention inside a document, on 8 tokens.
+
+    Raises:
+        ValueError: They do not (Bloom and MPT ignore position_ids), so attention would run across documents.
+    """
+    ids, positions = torch.arange(1, 9).unsqueeze(0), torch.arange(8).unsqueeze(0) % 4
+    other = torch.where(torch.arange(8) < 4, ids + 9, ids)
+    was_training, attention = network.training, network.config._attn_implementation
+    if attention.startswith("flash"):
+        network.config._attn_implementation = "eager"  # its kernels do not run on a CPU; the collator marks for them
+    with torch.no_grad():
+        logits = [network.eval()(input_ids=i, position_ids=positions, use_cache=False).logits for i in (ids, other)]
+    network.config._attn_implementation = attention
+    network.train(was_training)
+    if not torch.allclose(logits[0][:, 4:], logits[1][:, 4:], atol=1e-4):
+        raise ValueError(
+            f"intra_document_masking = true: {type(network).__name__} lets attention run across documents whatever "
+            "their positions. Set intra_document_masking=false to train it so, or take another model."
+        )
 
 
 def random_model(config, seed, attn_implementation):

@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -33,8 +33,14 @@ def write_run(output_dir, **entries):
 
 
 def versions():
-    """Python's and the stack's versions."""
-    return {"python": sys.version.split()[0], **{name: version(name) for name in _RECORDED}}
+    """Python's and the stack's versions; None for what is not installed."""
+    found = {"python": sys.version.split()[0]}
+    for name in _RECORDED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def git_commit(directory):
@@ -77,6 +83,8 @@ class Record(TrainerCallback):
         self.mark = time.monotonic()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.device.type == "cuda" and (control.should_log or control.should_evaluate or control.should_save):
+            torch.cuda.synchronize()  # queued work is training time, not the log's
         self.training_seconds += time.monotonic() - self.mark
         self.tokens_trained = state.num_input_tokens_seen - self.tokens_before
         if self.bar is not None:

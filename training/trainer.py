@@ -1,17 +1,28 @@
 """The Trainer, with what pre-training needs and nothing else."""
 
 import math
-import os
+import shutil
 import time
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import Trainer
 
+from . import checkpoints
+
 
 class PretrainTrainer(Trainer):
-    """Trainer that counts tokens, keeps embeddings and norms in 32-bit optimizer state and weighs eval by tokens."""
+    """Trainer that counts tokens, commits its checkpoints, keeps embeddings and norms in 32-bit optimizer state and
+    weighs held-out loss by tokens.
+
+    Attributes:
+        same: What a run that goes on from a checkpoint must have in common with this one, {key: JSON value}.
+    """
+
+    same: ClassVar[dict] = {}
 
     def create_optimizer(self, model=None):
         """AdamW in three groups, so that bitsandbytes' 8-bit state leaves embeddings and norms in 32 bits.
@@ -85,28 +96,65 @@ class PretrainTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
+    def _run_epoch(self, **kwargs):
+        """Train no step more where the checkpoint already stood at the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        """Trainer's save, then the manifest that makes it count, then the removal of what is older."""
+        args, limit = self.args, self.args.save_total_limit
+        directory = Path(args.output_dir, f"checkpoint-{self.state.global_step}")
+        if args.process_index == 0:
+            shutil.rmtree(directory, ignore_errors=True)  # what a killed run left of this step
+        self.accelerator.wait_for_everyone()
+        args.save_total_limit = None  # Trainer would remove the old before the new counts, and by mtime
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit = limit
+        checkpoints.commit(
+            directory,
+            args.process_index,
+            args.world_size,
+            step=self.state.global_step,
+            tokens_seen=self.state.num_input_tokens_seen,
+            same=self.same,
+        )
+        if args.process_index == 0:
+            for sentence in checkpoints.rotate(args.output_dir, limit, args.keep_every_steps):
+                print(sentence, flush=True)
+
     def create_model_card(self, *args, **kwargs):
         """Nothing: Trainer's card calls every run a fine-tune."""
 
-    def export(self, output_dir):
-        """Write the model as from_pretrained wants it: one copy of tied weights, use_cache on, readable by all.
-
-        bf16 runs are written in bf16, fp32 runs in fp32. All ranks call; rank 0 writes. Training is over after it.
-        """
-        model = self.accelerator.unwrap_model(self.model_wrapped)
+    def export(self):
+        """Write the trained model into output_dir, see `export`. All ranks call; training is over after it."""
         state = None
         if self.is_deepspeed_enabled and self.accelerator.deepspeed_config["zero_optimization"]["stage"] == 3:
             state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.args.should_save:
-            if state is not None and model.config.tie_word_embeddings:
-                for name in model._tied_weights_keys or {}:
-                    state.pop(name, None)
-            if self.args.bf16 and state is None:
-                model.to(torch.bfloat16)
-            model.config.use_cache = model.generation_config.use_cache = True
-            model.save_pretrained(output_dir, state_dict=state)
-            self.processing_class.save_pretrained(output_dir)
-            for name in os.listdir(output_dir):
-                if name.endswith(".safetensors"):
-                    os.chmod(os.path.join(output_dir, name), 0o644)
+            network = self.accelerator.unwrap_model(self.model_wrapped)
+            export(network, self.processing_class, self.args.output_dir, self.args.bf16, state)
         self.accelerator.wait_for_everyone()
+
+
+def export(network, tokenizer, output_dir, bf16, state=None):
+    """Write a model as from_pretrained wants it: one copy of tied weights, use_cache on, readable by all.
+
+    Args:
+        bf16: Write bfloat16, as bf16 runs do; else float32.
+        state: Weights gathered from ranks, where network holds only this rank's share.
+    """
+    if state is not None and network.config.tie_word_embeddings:
+        for name in network._tied_weights_keys or {}:
+            state.pop(name, None)
+    if bf16 and state is None:
+        network.to(torch.bfloat16)
+    network.config.use_cache = network.generation_config.use_cache = True
+    network.save_pretrained(output_dir, state_dict=state)
+    tokenizer.save_pretrained(output_dir)
+    for path in Path(output_dir).glob("*.safetensors"):
+        path.chmod(0o644)  # save_pretrained writes 0600

@@ -1,0 +1,186 @@
+"""Text to packed blocks: ours beside `datasets.map` and beside the tokenizer alone, in one run, as ratios.
+
+    python benchmarks/preparation.py [--megabytes 30 300] [--tokenizer DIR] [--kinds jsonl parquet] [--rounds 2]
+
+The corpus is the built-in text, each document cut into paragraphs of about 2 kB that are shuffled and joined anew, so
+that no two documents are alike. `datasets.map` is the recipe of run_clm.py: load_dataset, tokenize in 2 processes, then
+group_texts in 2 processes. Each way runs in a process of its own, turn about; time is from the first byte read to the
+last one written, imports and the loading of the tokenizer left out; memory is the peak of all the way's processes
+together (proportional set size), above what that process held before it began.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+BLOCK = 2048
+
+
+def write_corpus(path, megabytes):
+    """Documents of 0.5 to 8 kB, JSON lines or parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from smolpretrain.data.corpus import builtin_documents
+
+    random.seed(0)
+    paragraphs = [text[at : at + 500] for text in builtin_documents() for at in range(0, len(text), 500)]
+    size, texts, writer = 0, [], None
+    with open(path, "wb") as file:
+        while size < megabytes * 1e6:
+            texts.append("\n\n".join(random.choices(paragraphs, k=random.randint(1, 16))))
+            size += len(texts[-1].encode())
+            if path.suffix == ".jsonl":
+                file.write(json.dumps({"text": texts.pop()}).encode() + b"\n")
+            elif len(texts) == 10_000 or size >= megabytes * 1e6:
+                table = pa.table({"text": texts})
+                writer = writer or pq.ParquetWriter(file, table.schema)
+                writer.write_table(table)
+                texts = []
+        if writer:
+            writer.close()
+
+
+def ours(path, tokenizer, directory):
+    from smolpretrain.data.corpus import describe_source, read_documents
+    from smolpretrain.data.prepare import prepare
+
+    source = {"data_files": [str(path)]}
+    manifest = prepare(
+        read_documents(**source), tokenizer, BLOCK, directory / "set", describe_source(**source), 0.005, progress=False,
+        say=lambda sentence: print(sentence, file=sys.stderr),
+    )  # fmt: skip
+    return sum(split["tokens"] for split in manifest.splits.values())
+
+
+def datasets_map(path, tokenizer, directory):
+    """run_clm.py's: map the tokenizer, then concatenate and cut 1,000 documents at a time."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    kind = "json" if path.suffix == ".jsonl" else "parquet"
+    loaded = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=str(directory))
+    eos = tokenizer.eos_token_id
+
+    def tokenize(rows):
+        return {"input_ids": [[*ids, eos] for ids in tokenizer(rows["text"])["input_ids"]]}
+
+    def group(rows):
+        ids = [token for document in rows["input_ids"] for token in document]
+        return {"input_ids": [ids[at : at + BLOCK] for at in range(0, len(ids) // BLOCK * BLOCK, BLOCK)]}
+
+    tokenized = loaded.map(tokenize, batched=True, num_proc=2, remove_columns=["text"])
+    return len(tokenized.map(group, batched=True, num_proc=2)) * BLOCK
+
+
+def tokenizer_alone(path, tokenizer, directory):
+    """`tokenizers` over texts that are already in memory, ids thrown away: nothing is read or written."""
+    from smolpretrain.data.corpus import read_documents
+    from smolpretrain.data.tokenization import plain_backend
+
+    backend, tokens, texts, seconds = plain_backend(tokenizer), 0, [], 0.0
+    for text in read_documents(data_files=[str(path)]):
+        texts.append(text)
+        if len(texts) == 1000:
+            began = time.monotonic()
+            tokens += sum(map(len, backend.encode_batch_fast(texts, add_special_tokens=False)))
+            seconds += time.monotonic() - began
+            texts = []
+    return tokens, seconds
+
+
+WAYS = {"ours": ours, "datasets.map, 2 processes": datasets_map, "tokenizers alone": tokenizer_alone}
+
+
+def run_one(name, path, tokenizer_dir):
+    """In a process of its own: print tokens, seconds and the peak memory above the start's."""
+    import datasets  # noqa: F401 (imports are not timed)
+
+    import smolpretrain.data.prepare  # noqa: F401
+    from smolpretrain.data.tokenization import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_dir)
+    before, peak, stop = memory(), [0], threading.Event()
+
+    def watch():
+        while not stop.wait(0.05):
+            peak[0] = max(peak[0], memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with tempfile.TemporaryDirectory() as directory:
+        began = time.monotonic()
+        tokens = WAYS[name](path, tokenizer, Path(directory))
+        seconds = time.monotonic() - began
+    stop.set()
+    watcher.join()
+    tokens, seconds = tokens if isinstance(tokens, tuple) else (tokens, seconds)
+    print(json.dumps({"tokens": tokens, "seconds": seconds, "gib": (peak[0] - before) / 2**20}))
+
+
+def memory():
+    """KiB that this process and those below it hold, shared pages counted once."""
+    import psutil
+
+    total = 0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        try:
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+            values = {line.split()[0]: int(line.split()[1]) for line in lines[1:]}
+            total += values["Pss_Anon:"] + values.get("Pss_Shmem:", 0)
+        except (OSError, KeyError):
+            continue
+    return total
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[30, 300])
+    parser.add_argument("--kinds", nargs="+", default=["jsonl", "parquet"])
+    parser.add_argument("--tokenizer", help="directory; default: one of 4096 tokens trained on the built-in text")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        return run_one(args.one[0], Path(args.one[1]), args.one[2])
+    from smolpretrain.data.corpus import builtin_documents
+    from smolpretrain.data.tokenization import train_tokenizer
+
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(": ")[1] for line in cpuinfo if line.startswith("model name")), "an unknown CPU")
+    print(f"{os.cpu_count()} cores of {cpu}; tokenizer: {args.tokenizer or 'trained on the built-in text, 4096'}.\n")
+    print("| MB | | | tokens/s | of datasets.map | peak memory (GiB) |\n|---:|---|---|---:|---:|---:|")
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer = args.tokenizer or f"{directory}/tokenizer"
+        if not args.tokenizer:
+            train_tokenizer(builtin_documents(), 4096).save_pretrained(tokenizer)
+        for megabytes in args.megabytes:
+            for kind in args.kinds:
+                path = Path(directory, f"{megabytes}.{kind}")
+                write_corpus(path, megabytes)
+                measure(path, megabytes, kind, tokenizer, args.rounds)
+                path.unlink()
+
+
+def measure(path, megabytes, kind, tokenizer, rounds):
+    found = {name: [] for name in WAYS}
+    for _ in range(rounds):
+        for name in WAYS:
+            command = [sys.executable, __file__, "--one", name, str(path), str(tokenizer)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    rate = {name: max(run["tokens"] / run["seconds"] for run in runs) for name, runs in found.items()}
+    for name, runs in found.items():
+        ratio, gib = rate[name] / rate["datasets.map, 2 processes"], max(run["gib"] for run in runs)
+        print(f"| {megabytes} | {kind} | {name} | {rate[name]:,.0f} | {ratio:.1f} | {gib:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

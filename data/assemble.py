@@ -1,0 +1,98 @@
+"""Assemble: the finished shards of a partial set to the set itself, the same for every number of workers."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from .manifest import Manifest, describe_file, sync
+from .packing import Packer
+from .shards import COUNTED, SPLITS, SplitWriter, records
+
+UNIGRAM_COUNTS = "unigram_counts.npy"
+
+
+def assemble(work: Path, target: Path, parts: int, manifest: Manifest) -> Manifest:
+    """Join the shards' tails into rows, sum the counts, write the manifest last, and rename the set into its place.
+
+    Raises:
+        ValueError: No text, fewer tokens than one block, nothing held out; the partial set is then removed.
+    """
+    shards = [record for part in range(parts) for record in records(work, part)]
+    counts = np.zeros(manifest.vocab_size, dtype=np.int64)
+    for path in sorted(work.glob("counts-*.npy")):
+        counts += np.load(path)
+    np.save(work / "set" / UNIGRAM_COUNTS, counts)
+    files = {entry["name"]: entry for record in shards for entry in record["files"]}
+    for split in SPLITS:
+        manifest.splits[split] = _join(work / "set", split, [record["splits"][split] for record in shards], manifest)
+    manifest.validation_documents = [record["texts"] for record in shards if record["texts"]]
+    _sum_tallies(manifest, [found[-1]["state"] for part in range(parts) if (found := records(work, part))])
+    check_splits(manifest)
+    own = {name for split in manifest.splits.values() for name in split["files"]} | {UNIGRAM_COUNTS}
+    own |= {str(path.relative_to(work / "set")) for path in (work / "set").glob("tokenizer/*")}
+    for name in sorted(own - set(files)):
+        sync(work / "set" / name)
+        files[name] = describe_file(work / "set" / name)
+    for path in (work / "set").iterdir():  # of shards that were cut off
+        if path.is_file() and path.name not in files:
+            path.unlink()
+    manifest.files = {name: {key: files[name][key] for key in ("bytes", "sha256")} for name in sorted(files)}
+    manifest.save(work / "set")
+    os.rename(work / "set", target)  # onto nothing, or an empty directory
+    sync(target.parent)
+    shutil.rmtree(work)
+    return manifest
+
+
+def _join(directory: Path, split: str, shards: list[dict], manifest: Manifest) -> dict:
+    """Return a split's entry; what its shards left over is laid end to end and cut into rows of one more file."""
+    entry = {name: sum(shard[name] for shard in shards) for name in COUNTED}
+    entry["files"] = [shard["file"] for shard in shards if shard["file"]]
+    tails = [np.array(shard["tail"], dtype=np.int64) for shard in shards if shard["tail"]]
+    last = SplitWriter(directory / f"{split}-tail.arrow", manifest)
+    last.packer = Packer(manifest.block_size)  # tails are concat's; best_fit has none
+    for tail in tails:
+        last.add(tail, np.array([len(tail)]), 0)
+    joined = last.finish()
+    for name in ("blocks", "documents_cut", "document_pieces"):
+        entry[name] += joined[name]
+    entry["files"] += [joined["file"]] if joined["file"] else []
+    entry["remainder_tokens"] = len(joined["tail"])
+    room = entry["blocks"] * manifest.block_size
+    entry["fill"] = round(1 - entry["padding_tokens"] / room, 6) if room else 0.0
+    pieces = entry.pop("document_pieces")
+    entry["documents_per_block"] = round(pieces / entry["blocks"], 3) if entry["blocks"] else 0.0
+    return entry
+
+
+def _sum_tallies(manifest: Manifest, states: list[dict]) -> None:
+    tallies = [state["tally"] for state in states]
+    manifest.skipped_rows = sum(tally["skipped"] for tally in tallies)
+    if bad := sum(tally["bad"] for tally in tallies):
+        manifest.bad_rows = {"rows": bad, "first": next(t["first_bad"] for t in tallies if t["first_bad"])}
+    for state in states:
+        report = state.get("report", {})
+        manifest.mixture = report.get("mixture", manifest.mixture)
+        for name, count in report.get("filtered", {}).items():
+            manifest.filtered[name] = manifest.filtered.get(name, 0) + count
+
+
+def check_splits(manifest: Manifest) -> None:
+    train, validation = (manifest.splits[name] for name in SPLITS)
+    documents = train["documents"] + validation["documents"]
+    if not documents:
+        blank = f" ({manifest.skipped_rows} rows were null or blank)" if manifest.skipped_rows else ""
+        column = f"text_column {manifest.source.get('text_column', 'text')!r}"
+        raise ValueError(f"The corpus is empty{blank}; give a dataset or files with text in {column}.")
+    if manifest.validation_fraction and not validation["documents"]:
+        raise ValueError(
+            f"validation_fraction {manifest.validation_fraction} held out none of {documents} documents; "
+            "raise it, or set it to 0 to train without a held-out split."
+        )
+    if not train["blocks"]:
+        raise ValueError(
+            f"One block needs {manifest.block_size} tokens, the training documents hold {train['tokens']}; "
+            "give more text or lower block_size."
+        )

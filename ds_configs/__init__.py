@@ -1,0 +1,83 @@
+"""DeepSpeed's JSON files: where one is, whether it agrees with the arguments, and what DeepSpeed needs to start."""
+
+import json
+import os
+import shutil
+import socket
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def find(path):
+    """The DeepSpeed JSON at `path`, relative to the working directory or to the installed package."""
+    for candidate in (Path(path).expanduser(), HERE.parent / path):
+        if candidate.is_file():
+            return str(candidate)
+    shipped = ", ".join(f"ds_configs/{p.name}" for p in sorted(HERE.glob("*.json")))
+    raise ValueError(f"deepspeed = {path} is not a file. Shipped: {shipped}; null trains without DeepSpeed.")
+
+
+def stand_alone():
+    """The environment of a run of one process, where no launcher made one: DeepSpeed would ask MPI for it."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in alone.items()})
+
+
+def check(args):
+    """Refuse what DeepSpeed or accelerate would silently replace (facts: 0.19.8, accelerate 1.15)."""
+    if isinstance(args.deepspeed, str):
+        try:
+            config = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"deepspeed = {args.deepspeed} is not JSON: {error}.") from None
+    else:
+        config = args.deepspeed
+    if args.use_cpu:
+        header = Path(sysconfig.get_paths()["include"], "Python.h")
+        missing = (
+            "a C++ compiler (g++)"
+            if not shutil.which(os.environ.get("CXX", "c++"))
+            else ("" if header.is_file() else f"Python's headers ({header})")
+        )
+        if missing:
+            raise ValueError(
+                f"deepspeed = {args.deepspeed} builds a small extension on a CPU, and {missing} is missing: install it "
+                "(Debian: apt-get install g++ python3-dev), or train without DeepSpeed: deepspeed=null."
+            )
+    for block, knob in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+        if block in config:
+            raise ValueError(
+                f"deepspeed = {args.deepspeed}: its {block!r} block would silently override {knob}. Take it out."
+            )
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    shared = {
+        "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", micro),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", accumulation),
+        "gradient_clipping": ("max_grad_norm", args.max_grad_norm),
+        "train_batch_size": ("micro-batch x accumulation x ranks", micro * accumulation * world),
+    }
+    zero = config.get("zero_optimization") or {}
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            f"deepspeed = {args.deepspeed}: without stage3_gather_16bit_weights_on_model_save = true in "
+            "zero_optimization no model could be written at the end. Add it."
+        )
+    if (enabled := (config.get("bf16") or {}).get("enabled", "auto")) not in ("auto", args.bf16):
+        raise ValueError(f'deepspeed = {args.deepspeed}: bf16 = {enabled}, but bf16 = {args.bf16} here. Say "auto".')
+    for key, (knob, value) in shared.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise ValueError(f'deepspeed = {args.deepspeed}: {key} = {config[key]}, but {knob} = {value}. Say "auto".')
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if offload == "cpu" and config.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            f"deepspeed = {args.deepspeed}: offload_optimizer would silently replace optim = {args.optim} by "
+            'DeepSpeed\'s own. Write "zero_force_ds_cpu_optimizer": false.'
+        )
