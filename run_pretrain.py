@@ -121,8 +121,11 @@ def wait_for_first_rank(args, done):
         store = dist.distributed_c10d._get_default_store()
         if done:
             store.set("prepared", "yes")
-        while not store.check(["prepared"]):
-            time.sleep(0.5)
+        try:
+            while not store.check(["prepared"]):
+                time.sleep(0.5)
+        except dist.DistError:
+            fail("the first rank has ended")  # and has said why
 
 
 def prepare_data(model_args, data_args, args, config):

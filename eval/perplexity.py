@@ -219,7 +219,7 @@ def read_documents(args):
     """Read the texts that the command's data options name; ValueError where there are none to be had."""
     hub = {"path": args.dataset_name, "name": args.dataset_config_name, "revision": args.dataset_revision}
     sources, texts = [hub | {"split": args.dataset_split or "train"}] if args.dataset_name else [], []
-    prepared = [f"{args.prepared_dir}/validation_documents.*"] if args.prepared_dir else []
+    prepared = [f"{args.prepared_dir}/validation_documents*.*"] if args.prepared_dir else []
     for path in chain.from_iterable(sorted(glob.glob(p)) or [p] for p in args.data_files or prepared):
         reader = next((READERS[extension] for extension in READERS if path.endswith(extension)), None)
         if (missing := not Path(path).is_file()) or reader is None:

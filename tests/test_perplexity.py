@@ -305,7 +305,7 @@ WRONG = {  # what the user typed beside --model: what the one line says
     "--data_files {bad}/empty.jsonl": "empty.jsonl: it is empty",
     "--data_files {bad}/blank.txt": "holds no text",
     "--data_files {bad}/broken.jsonl": "broken.jsonl: JSON parse error",
-    "--prepared_dir {bad}": "validation_documents.*: no such file",
+    "--prepared_dir {bad}": "validation_documents*.*: no such file",
     "": "give one of data_files, dataset_name, prepared_dir",
     "--data_files {files}/d.txt --prepared_dir {files}/prepared_jsonl": "give one of",
     "--dataset_name {files}/prepared_parquet --dataset_split nope": "nope",
