@@ -153,6 +153,8 @@ def export(network, tokenizer, output_dir, bf16, state=None):
             state.pop(name, None)
     if bf16 and state is None:
         network.to(torch.bfloat16)
+    if network.config.pad_token_id == network.config.eos_token_id:
+        network.config.pad_token_id = None  # Trainer takes the tokenizer's; EOS must not become the padding row
     network.config.use_cache = network.generation_config.use_cache = True
     network.save_pretrained(output_dir, state_dict=state)
     tokenizer.save_pretrained(output_dir)
