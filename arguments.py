@@ -3,7 +3,6 @@
 command_line.py fills these from `args.json key=value ...`; a ValueError here begins with the key's name.
 """
 
-import difflib
 import typing
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -15,10 +14,11 @@ from transformers.training_args import OptimizerNames
 
 if __package__:
     from . import ds_configs
+    from .data.arguments import CorpusArguments, one_of
 else:
     import ds_configs
+    from data.arguments import CorpusArguments, one_of
 
-PACKINGS = ("concat", "best_fit")
 KEPT_BY_RESUME = (
     *("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "max_grad_norm"),
     *("learning_rate", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
@@ -67,74 +67,21 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        _one_of("attn_implementation", self.attn_implementation, ATTENTION)
+        one_of("attn_implementation", self.attn_implementation, ATTENTION)
 
 
 @dataclass
-class DataArguments:
+class DataArguments(CorpusArguments):
     """Where text comes from and how it becomes rows. Nothing named: the built-in text."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "A Hub dataset: HuggingFaceTB/smollm-corpus."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, e.g. cosmopedia-v2."})
-    dataset_split: str = field(default="train", metadata={"help": "The split to read."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub dataset."})
-    data_files: list[str] | None = field(
-        default=None,
-        metadata={"help": "Local paths or globs: .jsonl, .json (also .gz), .parquet, .csv, .txt (a document a file)."},
-    )
-    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
-    streaming: bool = field(default=False, metadata={"help": "Read a Hub dataset as it comes, nothing kept on disk."})
-    bad_rows: str = field(
-        default="error", metadata={"help": "error stops at a row that is no text; skip passes it over and counts it."}
-    )
-    max_documents: int | None = field(default=None, metadata={"help": "Take only the first so many documents."})
-    max_tokens: int | None = field(default=None, metadata={"help": "Take exactly the first so many tokens."})
-    validation_fraction: float = field(
-        default=0.005,
-        metadata={"help": "Share of the documents held out, chosen by a hash of their text. 0 holds out none."},
-    )
-    block_size: int = field(default=2048, metadata={"help": "Tokens per packed row. SmolLM2 was pre-trained at 2048."})
-    packing: str = field(
-        default="concat",
-        metadata={
-            "help": "concat: documents end to end, cut into rows (GPT-3, section 2.2). best_fit: documents up to a row "
-            "are never cut; rows are filled best-fit decreasing, the rest padded (arXiv 2404.10830)."
-        },
-    )
     intra_document_masking: bool = field(
         default=True,
         metadata={"help": "Attention stays inside a document and positions restart with it. false: plain causal rows."},
     )
-    tokenizer_backend: str = field(
-        default="auto",
-        metadata={
-            "help": "auto: the faster tokie where it is installed and gives the same ids, else tokenizers; or one of "
-            "the two by name."
-        },
-    )
-    num_proc: int = field(default=1, metadata={"help": "Processes of this machine that share the preparation."})
     prepared_dir: str | None = field(
         default=None,
         metadata={"help": "Where the packed set is, or is written. Default: output_dir/prepared."},
     )
-
-    def __post_init__(self):
-        if self.block_size < 2:
-            raise ValueError(f"block_size must be at least 2 (one input, one target), got {self.block_size}.")
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must be at least 0 and below 1, got {self.validation_fraction}.")
-        _one_of("packing", self.packing, PACKINGS)
-        _one_of("bad_rows", self.bad_rows, ("error", "skip"))
-        _one_of("tokenizer_backend", self.tokenizer_backend, ("auto", "tokenizers", "tokie"))
-        for name in ("num_proc", "max_documents", "max_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if self.dataset_name and self.data_files:
-            raise ValueError(
-                f"dataset_name = {self.dataset_name} and data_files = {self.data_files} are both given: keep one."
-            )
-        if self.data_files is not None and not self.data_files:
-            raise ValueError("data_files is an empty list: name at least one file, or leave it out.")
 
 
 @dataclass
@@ -265,10 +212,3 @@ class PretrainArguments(TrainingArguments):
                 f"optim = {self.optim} needs bitsandbytes, which is not installed: pip install bitsandbytes, or set "
                 "optim=adamw_torch_fused (32-bit state: 4 times its memory)."
             )
-
-
-def _one_of(name, value, choices):
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{name} = {value!r} is not one of {', '.join(choices)}.{hint}")

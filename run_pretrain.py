@@ -44,7 +44,6 @@ else:
     from training import checkpoints, guards, loss, model, record, trainer
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
-SOURCE = ("dataset_name", "dataset_config_name", "dataset_split", "dataset_revision", "data_files", "text_column")
 NOT_ARCHITECTURE = {"transformers_version", "use_cache", "_name_or_path", "dtype", "architectures"}
 HERE = Path(__file__).resolve().parent
 RANK = int(os.environ.get("RANK", 0))
@@ -131,8 +130,6 @@ def wait_for_first_rank(args, done):
 def prepare_data(model_args, data_args, args, config):
     """Text to tokenizer and packed set. The first rank makes them, the others find them made."""
     prepared_dir = data_args.prepared_dir or os.path.join(args.output_dir, "prepared")
-    source = {field: getattr(data_args, field) for field in SOURCE}
-    reading = source | {field: getattr(data_args, field) for field in ("streaming", "bad_rows")}
     if RANK != 0:
         wait_for_first_rank(args, done=False)
         tokenizer = tokenization.load_tokenizer(args.output_dir)
@@ -140,24 +137,19 @@ def prepare_data(model_args, data_args, args, config):
         return tokenizer, prepared_dir
     wanted = model.tokenizer_source(model_args.model_name, model_args.tokenizer_name)
     if wanted == model.TRAIN:
-        documents = islice(corpus.read_documents(**reading), TOKENIZER_DOCUMENTS)
+        documents = islice(corpus.read_documents(**data_args.reading), TOKENIZER_DOCUMENTS)
         tokenizer = tokenization.train_tokenizer(documents, config.vocab_size)
     else:
         tokenizer = tokenization.load_tokenizer(wanted)
     model.fit_config(config, tokenizer, data_args.block_size)
     manifest = prepare.prepare(
-        corpus.read_documents(**reading),
+        corpus.read_documents(**data_args.reading),
         tokenizer,
         data_args.block_size,
         prepared_dir,
-        source=corpus.describe_source(**source),
-        validation_fraction=data_args.validation_fraction,
-        packing=data_args.packing,
-        tokenizer_backend=data_args.tokenizer_backend,
-        max_documents=data_args.max_documents,
-        max_tokens=data_args.max_tokens,
-        num_proc=data_args.num_proc,
+        source=corpus.describe_source(**data_args.source),
         progress=not args.disable_tqdm,
+        **data_args.preparing,
     )
     tokenizer.save_pretrained(args.output_dir)
     say(f"data: {describe_set(manifest)}{', found in' if manifest.reused else ', written to'} {prepared_dir}.")

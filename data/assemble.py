@@ -28,7 +28,8 @@ def assemble(work: Path, target: Path, parts: int, manifest: Manifest) -> Manife
     for split in SPLITS:
         manifest.splits[split] = _join(work / "set", split, [record["splits"][split] for record in shards], manifest)
     manifest.validation_documents = [record["texts"] for record in shards if record["texts"]]
-    _sum_tallies(manifest, [found[-1]["state"] for part in range(parts) if (found := records(work, part))])
+    manifest.decontaminated = [record["dropped"] for record in shards if record["dropped"]]
+    _sum_reports(manifest, [found[-1]["state"]["report"] for part in range(parts) if (found := records(work, part))])
     check_splits(manifest)
     own = {name for split in manifest.splits.values() for name in split["files"]} | {UNIGRAM_COUNTS}
     own |= {str(path.relative_to(work / "set")) for path in (work / "set").glob("tokenizer/*")}
@@ -67,15 +68,14 @@ def _join(directory: Path, split: str, shards: list[dict], manifest: Manifest) -
     return entry
 
 
-def _sum_tallies(manifest: Manifest, states: list[dict]) -> None:
-    tallies = [state["tally"] for state in states]
+def _sum_reports(manifest: Manifest, reports: list[dict]) -> None:
+    tallies = [report["tally"] for report in reports]
     manifest.skipped_rows = sum(tally["skipped"] for tally in tallies)
     if bad := sum(tally["bad"] for tally in tallies):
         manifest.bad_rows = {"rows": bad, "first": next(t["first_bad"] for t in tallies if t["first_bad"])}
-    for state in states:
-        report = state.get("report", {})
+    for report in reports:
         manifest.mixture = report.get("mixture", manifest.mixture)
-        for name, count in report.get("filtered", {}).items():
+        for name, count in report["filtered"].items():
             manifest.filtered[name] = manifest.filtered.get(name, 0) + count
 
 
@@ -85,6 +85,13 @@ def check_splits(manifest: Manifest) -> None:
     if not documents:
         blank = f" ({manifest.skipped_rows} rows were null or blank)" if manifest.skipped_rows else ""
         column = f"text_column {manifest.source.get('text_column', 'text')!r}"
+        if left_out := sum(manifest.filtered.values()):
+            kinds = ", ".join(f"{name} {count:,}" for name, count in manifest.filtered.items())
+            raise ValueError(f"Cleaning left none of {left_out:,} documents ({kinds}); ask for less of it.")
+        for entry in manifest.mixture:
+            if not entry["documents"]:
+                blank = f": {entry['source']} gave no document{blank}"
+                break
         raise ValueError(f"The corpus is empty{blank}; give a dataset or files with text in {column}.")
     if manifest.validation_fraction and not validation["documents"]:
         raise ValueError(

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from . import corpus, prepare, tokenization
+from .arguments import CorpusArguments
 from .manifest import verify
 
 if "." in __package__:  # installed: smolpretrain.data
@@ -16,7 +17,6 @@ if "." in __package__:  # installed: smolpretrain.data
 else:
     from command_line import parse_args
 
-SOURCE = ("dataset_name", "dataset_config_name", "dataset_split", "dataset_revision", "data_files", "text_column")
 TRAIN = "train"
 TOKENIZER_DOCUMENTS = 100_000
 USAGE = """usage: python data/prepare.py [prepare.json] [key=value ...]
@@ -28,64 +28,24 @@ Under a Slurm array, shard_index and num_shards come from SLURM_ARRAY_TASK_ID an
 
 
 @dataclass
-class PrepareArguments:
+class PrepareArguments(CorpusArguments):
     """What is prepared, how, and where to. Nothing named: the built-in text."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "A Hub dataset: HuggingFaceTB/smollm-corpus."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, e.g. cosmopedia-v2."})
-    dataset_split: str = field(default="train", metadata={"help": "The split to read."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub dataset."})
-    data_files: list[str] | None = field(
-        default=None,
-        metadata={"help": "Local paths or globs: .jsonl, .json (also .gz), .parquet, .csv, .txt (a document a file)."},
-    )
-    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
-    streaming: bool = field(default=False, metadata={"help": "Read a Hub dataset as it comes, nothing kept on disk."})
-    bad_rows: str = field(
-        default="error", metadata={"help": "error stops at a row that is no text; skip passes it over and counts it."}
-    )
-    max_documents: int | None = field(default=None, metadata={"help": "Take only the first so many documents."})
-    max_tokens: int | None = field(default=None, metadata={"help": "Take exactly the first so many tokens."})
-    validation_fraction: float = field(
-        default=0.005,
-        metadata={"help": "Share of the documents held out, chosen by a hash of their text. 0 holds out none."},
-    )
-    block_size: int = field(default=2048, metadata={"help": "Tokens per packed row. SmolLM2 was pre-trained at 2048."})
-    packing: str = field(
-        default="concat",
-        metadata={
-            "help": "concat: documents end to end, cut into rows (GPT-3, section 2.2). best_fit: documents up to a row "
-            "are never cut, rows are padded (Ding et al. 2024)."
-        },
-    )
     prepared_dir: str = field(default="prepared", metadata={"help": "Where the packed set is written."})
     tokenizer_name: str = field(
         default=TRAIN,
         metadata={"help": "A Hub id, a directory, or 'train': a byte-level BPE trained on the data, kept in the set."},
     )
     vocab_size: int = field(default=4096, metadata={"help": "Tokens of the tokenizer that 'train' trains."})
-    tokenizer_backend: str = field(
-        default="auto",
-        metadata={
-            "help": "auto: the faster tokie where it is installed and gives the same ids, else tokenizers; or one of "
-            "tokenizers, tokie."
-        },
-    )
-    num_proc: int = field(default=1, metadata={"help": "Processes of this machine that share the work."})
     shard_index: int | None = field(default=None, metadata={"help": "This machine's number, from 0, of num_shards."})
     num_shards: int | None = field(default=None, metadata={"help": "Machines that share the work and prepared_dir."})
 
     def __post_init__(self):
-        if self.num_proc < 1:
-            raise ValueError(f"num_proc must be at least 1, got {self.num_proc}.")
+        super().__post_init__()
         if (self.shard_index is None) != (self.num_shards is None):
             raise ValueError("shard_index and num_shards go together: give both or neither.")
         if self.shard_index is None:
             self.shard_index, self.num_shards = slurm_share(os.environ)
-
-    @property
-    def source(self) -> dict:
-        return {name: getattr(self, name) for name in SOURCE}
 
 
 def slurm_share(environment) -> tuple[int, int]:
@@ -102,23 +62,18 @@ def slurm_share(environment) -> tuple[int, int]:
 def run(args: PrepareArguments, merging: bool = False) -> None:
     """Prepare, or join, and say what there is now."""
     if args.tokenizer_name == TRAIN:
-        documents = islice(corpus.read_documents(**args.source, bad_rows=args.bad_rows), TOKENIZER_DOCUMENTS)
+        documents = islice(corpus.read_documents(**args.reading), TOKENIZER_DOCUMENTS)
         tokenizer = tokenization.train_tokenizer(documents, args.vocab_size)
     else:
         tokenizer = tokenization.load_tokenizer(args.tokenizer_name)
     manifest = prepare.prepare(
-        corpus.read_documents(**args.source, streaming=args.streaming, bad_rows=args.bad_rows),
+        corpus.read_documents(**args.reading),
         tokenizer,
         args.block_size,
         args.prepared_dir,
         source=corpus.describe_source(**args.source),
-        validation_fraction=args.validation_fraction,
-        packing=args.packing,
         progress=sys.stderr.isatty(),
-        tokenizer_backend=args.tokenizer_backend,
-        max_documents=args.max_documents,
-        max_tokens=args.max_tokens,
-        num_proc=args.num_proc,
+        **args.preparing,
         shard_index=args.shard_index,
         num_shards=args.num_shards,
         save_tokenizer=True,

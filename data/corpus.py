@@ -9,8 +9,9 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
+from .arguments import SOURCE
 from .builtin import builtin_documents
-from .documents import Documents, one_line
+from .documents import Documents, MixedDocuments, one_line
 from .manifest import describe_file
 from .readers import JSON_LINES, ROWS_PER_READ, JsonLines, Parquet, Rows, Stream
 
@@ -25,9 +26,11 @@ def read_documents(
     dataset_revision: str | None = None,
     data_files: str | list[str] | None = None,
     text_column: str = "text",
+    mixture: list[dict] | None = None,
+    mixture_seed: int = 0,
     streaming: bool = False,
     bad_rows: str = "error",
-) -> Documents:
+) -> Documents | MixedDocuments:
     """Open the text that is asked for; everything that can be checked without reading it all is checked here.
 
     Args:
@@ -35,6 +38,8 @@ def read_documents(
         data_files: Paths or globs of .jsonl, .json, .jsonl.gz, .json.gz, .parquet, .csv (a row is a document) and
             .txt (a file is a document), read kind after kind, each kind in sorted order, never materialised.
         text_column: The column that holds the text. A .txt file has none.
+        mixture, mixture_seed: Several sources by share of tokens, each with the arguments above, weight and
+            max_epochs; see `MixedDocuments`.
         streaming: Read a Hub dataset as it comes, nothing kept on the disk. Files always are.
         bad_rows: See `Documents`.
 
@@ -48,6 +53,8 @@ def read_documents(
     """
     if dataset_name and data_files:
         raise ValueError(f"dataset_name {dataset_name!r} and data_files {data_files!r} are both given; keep one.")
+    if mixture:
+        return _mixed(mixture, mixture_seed, streaming, bad_rows)
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # our sentence says what they would
     if dataset_name:
         names = (dataset_name, dataset_config_name, dataset_split, dataset_revision)
@@ -55,6 +62,38 @@ def read_documents(
     if data_files:
         return Documents([_file_reader(path, text_column) for path in find_files(data_files)], bad_rows)
     return Documents([Rows("built-in text", builtin_documents)], bad_rows)
+
+
+def _mixed(mixture: list[dict], seed: int, streaming: bool, bad_rows: str) -> MixedDocuments:
+    """Open a mixture's sources; what is wrong with one names it by its place."""
+    made = MixedDocuments([], [], [], [], seed)
+    for number, entry in enumerate(mixture):
+        try:
+            source, weight, max_epochs = _entry(entry)
+            made.sources.append(read_documents(**source, streaming=streaming, bad_rows=bad_rows))
+        except ValueError as error:
+            raise ValueError(f"mixture[{number}]: {error}") from error
+        names = source.get("data_files") or [source.get("dataset_name"), source.get("dataset_config_name")]
+        made.names.append(" ".join(map(str, filter(None, [names] if isinstance(names, str) else names))) or "built-in")
+        made.weights.append(weight)
+        made.max_epochs.append(max_epochs)
+    made.weights = [weight / sum(made.weights) for weight in made.weights]
+    return made
+
+
+def _entry(entry: dict) -> tuple[dict, float, int]:
+    """Return (source, weight, max_epochs) of one entry of a mixture."""
+    known = (*SOURCE, "weight", "max_epochs")
+    for key in entry:
+        if key not in known:
+            raise ValueError(f"{key} is not a key of a source; there are {', '.join(known)}.")
+    source = {name: entry[name] for name in SOURCE if name in entry}
+    weight, max_epochs = entry.get("weight"), entry.get("max_epochs", 1)
+    if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        raise ValueError(f"weight must be a number above 0, a share of the tokens, got {weight!r}.")
+    if not isinstance(max_epochs, int) or max_epochs < 1:
+        raise ValueError(f"max_epochs must be a whole number of at least 1, got {max_epochs!r}.")
+    return source, float(weight), max_epochs
 
 
 def find_files(data_files: str | list[str]) -> list[str]:
@@ -182,13 +221,22 @@ def describe_source(
     dataset_revision: str | None = None,
     data_files: str | list[str] | None = None,
     text_column: str = "text",
+    mixture: list[dict] | None = None,
+    mixture_seed: int = 0,
 ) -> dict:
     """Say what text this is, for the manifest: JSON values, no absolute path. Arguments as in `read_documents`.
 
     Returns:
         The built-in text: the Python that carries it. Files: name, bytes and sha256 of each, in the order of reading.
+        A mixture: that of each source, its weight and max_epochs, and the seed.
         A Hub dataset: its names, and `dataset_commit` (None where the Hub cannot be asked), or a directory's files.
     """
+    if mixture:
+        described = [
+            {"source": describe_source(**source), "weight": weight, "max_epochs": max_epochs}
+            for source, weight, max_epochs in map(_entry, mixture)
+        ]
+        return {"mixture": described, "mixture_seed": mixture_seed}
     if data_files:
         return {"data_files": [describe_file(path) for path in find_files(data_files)], "text_column": text_column}
     if not dataset_name:

@@ -5,11 +5,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from . import readers
 from .readers import Damaged
 
 BAD_ROWS = ("error", "skip")
 PART_BYTES = 64 * 2**20  # of text in one part, so that a few hundred MB already occupy several processes
+PICKS = 4096  # of a mixture's sources for which chance is drawn at once
+NOISE_TOKENS = 2048  # how far chance may carry a source's share from its weight
 MOST_PARTS = 1024  # a set's parts grow beyond this, so that a manifest stays short
 
 
@@ -126,6 +130,53 @@ class Documents:
                 if tally.first_bad is None:
                     tally.first_bad = f"{os.path.basename(reader.name)}{sentence[len(reader.name) :]}"
         return texts
+
+
+@dataclass
+class MixedDocuments:
+    """What a mixture is made of.
+
+    Attributes:
+        names: What each source is called in messages and in the manifest.
+        weights: Shares of the tokens, adding up to 1.
+        max_epochs: How often each source may be read from its start.
+        seed: Another seed, another order.
+    """
+
+    sources: list[Documents]
+    names: list[str]
+    weights: list[float]
+    max_epochs: list[int]
+    seed: int = 0
+
+    bytes = None  # how much of each source is read shows only on the way
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield texts by the same shares, of characters; what trains a tokenizer."""
+        iterators, shares = list(map(iter, self.sources)), Shares(self.weights, self.seed)
+        taken = np.zeros(len(iterators))
+        while (text := next(iterators[number := shares.pick(taken)], None)) is not None:
+            taken[number] += len(text)
+            yield text
+
+
+class Shares:
+    """Picks the source that is furthest behind its share, give or take NOISE_TOKENS by chance."""
+
+    def __init__(self, weights: list[float], seed: int, picks: int = 0):
+        self._weights, self._seed, self.picks = np.array(weights), seed, picks
+        self._noise = self._draw()
+
+    def _draw(self) -> np.ndarray:
+        chance = np.random.default_rng([self._seed, self.picks // PICKS])
+        return chance.random((PICKS, len(self._weights))) * NOISE_TOKENS
+
+    def pick(self, taken: np.ndarray) -> int:
+        """Return a source's number; taken, float [sources], is what was taken of each so far."""
+        at = self.picks % PICKS
+        self._noise = self._draw() if at == 0 else self._noise
+        self.picks += 1
+        return int(np.argmax(self._weights * taken.sum() - taken + self._noise[at]))
 
 
 def _readable(reader, position) -> Iterator[tuple[list, object, object]]:

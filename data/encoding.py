@@ -14,9 +14,9 @@ import numpy as np
 import orjson
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from .arguments import BACKENDS
 from .tokenization import plain_backend, token_dtype
 
-BACKENDS = ("auto", "tokenizers", "tokie")
 CHECKED_FIRST = 2**18  # characters of the corpus compared before anything is written
 CHECKED_SLICE = 2**14  # characters compared of every batch
 LONG = 2**22  # a longer document is encoded in pieces, so that memory stays bounded

@@ -1,20 +1,36 @@
-"""Feeds: documents cleaned, encoded and bounded, batch by batch, with a state from which each can go on."""
+"""Feeds: documents cleaned, encoded, mixed and bounded, batch by batch, with a state from which each can go on."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from .cleaning import Cleaner, Dropped, Seen
 from .documents import Documents, Tally
 
 
 @dataclass
 class Encoded:
-    """A batch: texts, and their ids end to end, EOS after each; lengths counts it."""
+    """A batch: texts, and their ids end to end, EOS after each; lengths counts it.
+
+    Attributes:
+        origins: For each document the number of its source in a mixture; None elsewhere.
+        dropped: Documents that were left out on the way here, to be named in the set.
+    """
 
     texts: list[str]
     ids: np.ndarray
     lengths: np.ndarray
+    origins: np.ndarray | None = None
+    dropped: list[Dropped] = field(default_factory=list)
+
+    def keep(self, kept: np.ndarray) -> "Encoded":
+        """Return the documents marked in kept, bool [documents]."""
+        if kept.all():
+            return self
+        texts = [text for text, stays in zip(self.texts, kept, strict=True) if stays]
+        origins = None if self.origins is None else self.origins[kept]
+        return Encoded(texts, self.ids[np.repeat(kept, self.lengths)], self.lengths[kept], origins, self.dropped)
 
 
 @dataclass
@@ -33,16 +49,13 @@ class Limits:
         return self.max_documents is not None or self.max_tokens is not None
 
 
-class Feed:
-    """Encoded batches of documents, in their order.
+class Source:
+    """Encoded batches of one source's documents, cleaned, in their order.
 
     Args:
-        documents: What is read.
         encode: See `encoding.Encoder`.
-        clean: From texts to those kept, or None; see `cleaning.Cleaner`.
-        limits: max_tokens is met to the token: the last document is cut (it still ends in EOS). It is one of the
-            training documents: a held-out one that would have to be cut is passed over.
-        is_held_out: From a text to whether it is held out.
+        cleaner: What leaves documents out by their own text; None leaves out none.
+        seen: What leaves out a document that was there already; None leaves out none.
         state: What `state()` said after a batch: go on behind it.
     """
 
@@ -50,80 +63,127 @@ class Feed:
         self,
         documents: Documents,
         encode: Callable,
-        clean: Callable | None = None,
-        limits: Limits | None = None,
-        is_held_out: Callable[[str], bool] = lambda text: False,
+        cleaner: Cleaner | None = None,
+        seen: Seen | None = None,
         state: dict | None = None,
     ):
         state = state or {}
-        self._sources, self._encode, self._clean, self._limits = documents, encode, clean, limits or Limits()
-        self._is_held_out = is_held_out
+        self._documents, self._encode, self._cleaner, self._seen = documents, encode, cleaner, seen
         self._position = state.get("position")
-        self.tally = Tally(**state.get("tally", {}))
-        self.documents, self.tokens = state.get("documents", 0), state.get("tokens", 0)
+        self._tally = Tally(**state.get("tally", {}))
+        self._filtered = dict(state.get("filtered", {}))
 
     def state(self) -> dict:
-        values = {"position": self._position, "documents": self.documents, "tokens": self.tokens}
-        return values | {"tally": asdict(self.tally)}
+        values = {"position": self._position, "tally": asdict(self._tally)}
+        return values | ({"filtered": dict(self._filtered)} if self._filtered else {})
 
     def report(self) -> dict:
-        """What a mixture realised; nothing here."""
-        return {}
+        return {"tally": asdict(self._tally), "filtered": dict(self._filtered)}
+
+    def __iter__(self) -> Iterator[Encoded]:
+        for batch in self._documents.batches(self._position, self._tally):
+            texts, dropped = batch.texts, []
+            if self._cleaner is not None:
+                texts, dropped = self._cleaner(texts, self._filtered)
+            if self._seen is not None:
+                kept = list(filter(self._seen.is_new, texts))
+                self.count_duplicates(len(texts) - len(kept))
+                texts = kept
+            encoded = Encoded(texts, *self._encode(texts), dropped=dropped)
+            self._position = batch.position
+            yield encoded
+
+    def count_duplicates(self, number: int) -> None:
+        if number:
+            self._filtered["deduplicate"] = self._filtered.get("deduplicate", 0) + number
+
+    def count(self, batch: Encoded) -> None:
+        """Take note of what was kept of a batch: nothing here."""
+
+
+class Feed:
+    """A source or a mixture, within limits.
+
+    Args:
+        source: See `Source`, `mixing.Mixture`.
+        limits: max_tokens is met to the token: the last document is cut (it still ends in EOS). It is one of the
+            training documents: a held-out one that would have to be cut is passed over.
+        is_held_out: From a text to whether it is held out.
+        seen: The one that source was made with.
+        state: What `state()` said after a batch; source was made with its "source".
+    """
+
+    def __init__(
+        self,
+        source,
+        limits: Limits | None = None,
+        is_held_out: Callable[[str], bool] = lambda text: False,
+        seen: Seen | None = None,
+        state: dict | None = None,
+    ):
+        state = state or {}
+        self._seen = seen
+        self._source, self._limits, self._is_held_out = source, limits or Limits(), is_held_out
+        self._documents, self._tokens = state.get("documents", 0), state.get("tokens", 0)
+
+    def state(self) -> dict:
+        return {"source": self._source.state(), "documents": self._documents, "tokens": self._tokens}
+
+    def report(self) -> dict:
+        """What was passed over and, of a mixture, what it realised."""
+        return self._source.report()
+
+    def end_shard(self) -> None:
+        """Have the disk keep what must be there before a shard's record is."""
+        if self._seen is not None:
+            self._seen.end_shard()
+
+    def close(self) -> None:
+        if self._seen is not None:
+            self._seen.close()
 
     @property
     def full(self) -> bool:
         limits = self._limits
-        return (limits.max_documents is not None and self.documents >= limits.max_documents) or (
-            limits.max_tokens is not None and self.tokens >= limits.max_tokens
+        return (limits.max_documents is not None and self._documents >= limits.max_documents) or (
+            limits.max_tokens is not None and self._tokens >= limits.max_tokens
         )
 
     def __iter__(self) -> Iterator[Encoded]:
         if self.full:
             return
-        for batch in self._sources.batches(self._position, self.tally):
-            encoded = self.bound(self.encode(batch.texts))
-            self._position = batch.position
-            yield encoded
+        for batch in self._source:
+            yield self._bound(batch)
             if self.full:
                 return
 
-    def encode(self, texts: list[str]) -> Encoded:
-        texts = texts if self._clean is None else self._clean(texts)
-        return Encoded(texts, *self._encode(texts))
-
-    def bound(self, batch: Encoded) -> Encoded:
+    def _bound(self, batch: Encoded) -> Encoded:
         """Cut a batch to the limits and count it."""
         limits = self._limits
         if limits.max_documents is not None:
-            batch = first(batch, limits.max_documents - self.documents)
-        if limits.max_tokens is not None and self.tokens + len(batch.ids) > limits.max_tokens:
-            batch = self._cut(batch, limits.max_tokens - self.tokens)
-        self.documents += len(batch.texts)
-        self.tokens += len(batch.ids)
+            batch = batch.keep(np.arange(len(batch.texts)) < limits.max_documents - self._documents)
+        if limits.max_tokens is not None and self._tokens + len(batch.ids) > limits.max_tokens:
+            batch = self._cut(batch, limits.max_tokens - self._tokens)
+        self._documents += len(batch.texts)
+        self._tokens += len(batch.ids)
+        self._source.count(batch)
         return batch
 
     def _cut(self, batch: Encoded, room: int) -> Encoded:
         """Keep whole documents while they fit, then the first training document that does not, cut to the room."""
-        texts, ids, lengths = [], [np.empty(0, dtype=batch.ids.dtype)], []
-        ends = np.cumsum(batch.lengths)
-        for text, end, length in zip(batch.texts, ends, batch.lengths, strict=True):
-            document = batch.ids[end - length : end]
+        kept, surplus = np.zeros(len(batch.texts), dtype=bool), 0
+        for number, (text, length) in enumerate(zip(batch.texts, batch.lengths, strict=True)):
+            if not room:
+                break
             if length > room:
                 if self._is_held_out(text):
                     continue
-                document = np.append(document[: room - 1], document[-1:])
-            texts.append(text)
-            ids.append(document)
-            lengths.append(len(document))
-            room -= len(document)
-            if not room:
-                break
-        return Encoded(texts, np.concatenate(ids), np.array(lengths, dtype=np.int64))
-
-
-def first(batch: Encoded, count: int) -> Encoded:
-    """Return a batch's first documents."""
-    if count >= len(batch.texts):
+                surplus = length - room
+            kept[number] = True
+            room -= min(length, room)
+        batch = batch.keep(kept)
+        if surplus:  # of the last one
+            ids, lengths = batch.ids[:-surplus].copy(), batch.lengths.copy()
+            ids[-1], lengths[-1] = batch.ids[-1], lengths[-1] - surplus
+            batch = Encoded(batch.texts, ids, lengths, batch.origins, batch.dropped)
         return batch
-    lengths = batch.lengths[:count]
-    return Encoded(batch.texts[:count], batch.ids[: int(lengths.sum())], lengths)

@@ -39,6 +39,7 @@ class Manifest:
         skipped_rows: Null or blank rows of the source.
         bad_rows: Rows passed over because they were no text, and the first of them.
         validation_documents: Files that hold the held-out texts.
+        decontaminated: Files that name the documents left out because evaluation texts share words with them.
         files: For each file: bytes and sha256.
         versions: Libraries that made it; not part of its identity.
         reused: True where `prepare` found the set already there; not stored.
@@ -58,6 +59,7 @@ class Manifest:
     skipped_rows: int = 0
     bad_rows: dict = field(default_factory=dict)
     validation_documents: list[str] = field(default_factory=list)
+    decontaminated: list[str] = field(default_factory=list)
     files: dict[str, dict] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION

@@ -25,11 +25,13 @@ import numpy as np
 
 from . import shards
 from .assemble import UNIGRAM_COUNTS, assemble
+from .cleaning import Cleaner, Cleaning, Seen
 from .corpus import is_validation
-from .documents import Documents
+from .documents import Documents, MixedDocuments
 from .encoding import Disagreement, Encoder, check_backend
-from .feed import Feed, Limits
+from .feed import Feed, Limits, Source
 from .manifest import Manifest, check_identity, verify
+from .mixing import Mixture
 from .packing import check_packing, make_packer
 from .progress import Progress
 from .readers import Rows
@@ -48,6 +50,7 @@ class Work:
     manifest: Manifest
     tokenizer_backend: str
     limits: Limits = field(default_factory=Limits)
+    cleaning: Cleaning = field(default_factory=Cleaning)
 
     @property
     def fallen_back(self) -> Path:
@@ -79,13 +82,27 @@ class Work:
                     (self.directory / f"counts-{number:05d}-{at:05d}.npy").unlink()
 
     def _write_part(self, number: int, encode: Encoder, progress: Progress) -> None:
-        def open_feed(state: dict | None) -> Feed:
-            return Feed(self.parts[number], encode, None, self.limits, self._is_held_out, state)
+        def open_feed(state: dict | None, shard: int) -> Feed:
+            seen = Seen(self.directory / f"seen-{number:05d}.sqlite", shard) if self.cleaning.deduplicate else None
+            source = open_source(self.parts[number], encode, self.cleaning, seen, (state or {}).get("source"))
+            return Feed(source, self.limits, self._is_held_out, seen, state)
 
         shards.write_part(self.directory, number, open_feed, self.manifest, lambda: encode.backend, progress.tick)
 
     def _is_held_out(self, text: str) -> bool:
         return is_validation(text, self.manifest.validation_fraction)
+
+
+def open_source(documents: Documents | MixedDocuments, encode, cleaning: Cleaning, seen: Seen | None, state):
+    """Return what encodes these documents from a state on: a `Source`, or of a mixture's a `Mixture`."""
+    cleaner = Cleaner(cleaning) if cleaning.by_text else None
+    if isinstance(documents, MixedDocuments):
+
+        def open_one(one: Documents, held: dict | None) -> Source:
+            return Source(one, encode, cleaner, None, held)
+
+        return Mixture(documents, open_one, seen, state)
+    return Source(documents, encode, cleaner, seen, state)
 
 
 def prepare(
@@ -100,6 +117,7 @@ def prepare(
     tokenizer_backend: str = "auto",
     max_documents: int | None = None,
     max_tokens: int | None = None,
+    cleaning: dict | None = None,
     num_proc: int = 1,
     shard_index: int = 0,
     num_shards: int = 1,
@@ -116,8 +134,9 @@ def prepare(
         source: What `corpus.describe_source` says; part of the identity, so that another text is noticed.
         progress: Show a bar.
         tokenizer_backend: See `encoding.Encoder`.
-        max_documents, max_tokens: See `feed.Limits`. A bounded corpus is one part, so it has one worker.
-        num_proc: Processes of this machine that share the parts.
+        max_documents, max_tokens: See `feed.Limits`.
+        cleaning: Keyword arguments of `cleaning.Cleaning`.
+        num_proc: Processes of this machine that share the parts. A bounded, mixed or deduplicated corpus is one part.
         shard_index, num_shards: This machine's number, from 0, of those that share the parts and prepared_dir. With
             more than one, the set is joined by `prepare.py --merge` afterwards.
         save_tokenizer: Keep the tokenizer in the set, in tokenizer/.
@@ -135,9 +154,12 @@ def prepare(
         raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}.")
     if not 0 <= shard_index < num_shards:
         raise ValueError(f"shard_index must be at least 0 and below num_shards = {num_shards}, got {shard_index}.")
-    limits = Limits(max_documents, max_tokens)
-    if limits and num_shards > 1:
-        raise ValueError("max_documents and max_tokens take the first of one stream: set num_shards to 1.")
+    limits, cleaning = Limits(max_documents, max_tokens), Cleaning(**(cleaning or {}))
+    one_part = limits or cleaning.deduplicate or isinstance(documents, MixedDocuments)
+    if one_part and num_shards > 1:
+        raise ValueError(
+            "max_documents, max_tokens, deduplicate and mixture look at one stream of documents: set num_shards to 1."
+        )
     check_packing(packing)
     manifest = Manifest(
         source=source,
@@ -147,7 +169,7 @@ def prepare(
         vocab_size=vocabulary_size(tokenizer),
         block_size=block_size,
         packing=packing,
-        options={name: value for name, value in asdict(limits).items() if value is not None},
+        options={name: value for name, value in asdict(limits).items() if value is not None} | cleaning.describe(),
         versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     )
     make_packer(block_size, packing, manifest.eos_token_id)  # its checks, before a directory is made
@@ -155,10 +177,12 @@ def prepare(
     target = Path(os.path.realpath(prepared_dir))
     if (found := _prepared_already(target, manifest)) is not None:
         return found
-    if not isinstance(documents, Documents):
+    if not isinstance(documents, Documents | MixedDocuments):
         documents = Documents([Rows("documents", functools.partial(iter, documents))])
-    parts = [documents] if limits else documents.parts()
-    work = Work(open_partial(target, manifest), parts, tokenizer, manifest, tokenizer_backend, limits)
+    if cleaning.by_text:
+        Cleaner(cleaning)  # its checks, before a directory is made
+    parts = [documents] if one_part else documents.parts()
+    work = Work(open_partial(target, manifest), parts, tokenizer, manifest, tokenizer_backend, limits, cleaning)
     with _in_use(work.directory):
         if not only_merge:
             _write_parts(work, shard_index, num_shards, num_proc, Progress(progress, documents.bytes, say))

@@ -80,6 +80,26 @@ class SplitWriter:
             self._file.close()
 
 
+class JsonLinesWriter:
+    """Writes JSON lines into a file that is made with the first of them."""
+
+    def __init__(self, path: Path):
+        self.path, self._file = path, None
+
+    @property
+    def opened(self) -> bool:
+        return self._file is not None
+
+    def write(self, row: dict) -> None:
+        if self._file is None:
+            self._file = open(self.path, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by close)
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 class ShardWriter:
     """Writes one shard: both splits' rows, the held-out texts, the unigram counts, and last its record."""
 
@@ -88,10 +108,12 @@ class ShardWriter:
         self.splits = [SplitWriter(work / "set" / f"{split}-{self.name}.arrow", manifest) for split in SPLITS]
         self.bytes = 0
         self._counts = np.zeros(manifest.vocab_size, dtype=np.int64)
-        self._texts_path = work / "set" / f"validation_documents-{self.name}.jsonl"
-        self._texts = None
+        self._texts = JsonLinesWriter(work / "set" / f"validation_documents-{self.name}.jsonl")
+        self._dropped = JsonLinesWriter(work / "set" / f"decontaminated-{self.name}.jsonl")
 
     def add(self, batch: Encoded) -> None:
+        for dropped in batch.dropped:
+            self._dropped.write(dropped.entry())
         if not batch.texts:
             return
         sizes, held = np.empty(len(batch.texts), dtype=np.int64), np.zeros(len(batch.texts), dtype=bool)
@@ -102,7 +124,7 @@ class ShardWriter:
             del utf8
             if in_validation:
                 held[number] = True
-                self._keep_text(text)
+                self._texts.write({"text": text})
         self.bytes += int(sizes.sum())
         if not held.any():
             self._add_train(batch.ids, batch.lengths, sizes)
@@ -116,28 +138,22 @@ class ShardWriter:
             self._counts += np.bincount(ids[at : at + RECORD_BATCH_TOKENS], minlength=len(self._counts))
         self.splits[0].add(ids, lengths, int(sizes.sum()))
 
-    def _keep_text(self, text: str) -> None:
-        if self._texts is None:
-            self._texts = open(self._texts_path, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 (see close)
-        self._texts.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-
     def finish(self, state: dict, last: bool, backend: str) -> None:
         splits = {name: writer.finish() for name, writer in zip(SPLITS, self.splits, strict=True)}
         self.close()
         paths = [self.work / "set" / split["file"] for split in splits.values() if split["file"]]
-        paths += [self._texts_path] if self._texts is not None else []
+        paths += [writer.path for writer in (self._texts, self._dropped) if writer.opened]
         np.save(self.work / f"counts-{self.name}.npy", self._counts)
         for path in [*paths, self.work / f"counts-{self.name}.npy"]:
             sync(path)
         record = {"splits": splits, "files": [describe_file(path) for path in paths], "bytes": self.bytes}
-        record |= {"texts": self._texts_path.name if self._texts is not None else None, "backend": backend}
+        record |= {"texts": self._texts.path.name if self._texts.opened else None, "backend": backend}
+        record |= {"dropped": self._dropped.path.name if self._dropped.opened else None}
         write_json(self.work / f"shard-{self.name}.json", record | {"state": state, "last": last})
 
     def close(self) -> None:
-        for writer in self.splits:
+        for writer in (*self.splits, self._texts, self._dropped):
             writer.close()
-        if self._texts is not None:
-            self._texts.close()
 
 
 def write_json(path: Path, values) -> None:
@@ -166,12 +182,17 @@ def is_done(work: Path, part: int) -> bool:
 
 
 def write_part(
-    work: Path, part: int, open_feed: Callable[[dict | None], Feed], manifest: Manifest, backend: Callable, tick=None
+    work: Path,
+    part: int,
+    open_feed: Callable[[dict | None, int], Feed],
+    manifest: Manifest,
+    backend: Callable,
+    tick=None,
 ) -> None:
     """Write the shards of a part that are not there yet.
 
     Args:
-        open_feed: From a feed's state (None: the start) to the feed.
+        open_feed: From a feed's state (None: the start) and the number of finished shards to the feed.
         backend: Returns the encoder's name, for the record.
         tick: Called with each batch.
 
@@ -181,7 +202,7 @@ def write_part(
         done = records(work, part)
         if done and done[-1]["last"]:
             return
-        feed = open_feed(done[-1]["state"] if done else None)
+        feed = open_feed(done[-1]["state"] if done else None, len(done))
         shard = ShardWriter(work, part, len(done), manifest)
         number = len(done)
         try:
@@ -190,12 +211,14 @@ def write_part(
                 if tick is not None:
                     tick(batch)
                 if shard.bytes >= SHARD_BYTES:
+                    feed.end_shard()
                     shard.finish(feed.state(), False, backend())
                     number += 1
                     shard = ShardWriter(work, part, number, manifest)
             shard.finish(feed.state() | {"report": feed.report()}, True, backend())
         finally:
             shard.close()
+            feed.close()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from transformers import TrainingArguments
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 
 ROOMS = {"arguments", "command_line", "plan", "data", "eval", "space", "hub", "training"}
-ALLOWED = {("training", "data.manifest"), ("data", "command_line")}  # prepare.py parses as run_pretrain.py does
+# prepare.py parses as run_pretrain.py does, and both share the arguments that say what text is taken.
+ALLOWED = {("training", "data.manifest"), ("data", "command_line"), ("arguments", "data.arguments")}
 PRODUCT = [
     path
     for path in sorted(ROOT.rglob("*.py"))

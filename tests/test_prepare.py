@@ -429,5 +429,5 @@ def test_a_subset_by_documents_takes_the_first_ones(tmp_path):
     assert list(load_validation_documents(tmp_path / "set")) == held
     with pytest.raises(ValueError, match="max_tokens must be at least 1, or null to take everything, got 0"):
         prepared(tmp_path / "other", max_tokens=0)
-    with pytest.raises(ValueError, match="take the first of one stream: set num_shards to 1"):
+    with pytest.raises(ValueError, match="look at one stream of documents: set num_shards to 1"):
         prepared(tmp_path / "other", max_tokens=9, num_shards=2)

@@ -1,0 +1,127 @@
+"""What text is taken and how it becomes rows: the arguments that a run and `prepare.py` share, with their checks."""
+
+import difflib
+import typing
+from dataclasses import dataclass, field
+
+from .documents import BAD_ROWS
+from .packing import PACKINGS
+
+BACKENDS = ("auto", "tokenizers", "tokie")
+SOURCE = ("dataset_name", "dataset_config_name", "dataset_split", "dataset_revision", "data_files", "text_column")
+
+
+@dataclass
+class CorpusArguments:
+    """Where text comes from and how it becomes rows. Nothing named: the built-in text."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A Hub dataset: HuggingFaceTB/smollm-corpus."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, e.g. cosmopedia-v2."})
+    dataset_split: str = field(default="train", metadata={"help": "The split to read."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub dataset."})
+    data_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "Local paths or globs: .jsonl, .json (also .gz), .parquet, .csv, .txt (a document a file)."},
+    )
+    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
+    mixture: list[dict[str, typing.Any]] | None = field(
+        default=None,
+        metadata={
+            "help": "Sources by share of tokens, instead of one: a list of objects with the six keys above, weight, "
+            "and max_epochs (1: the mixture ends where a source does). Interleaved document by document."
+        },
+    )
+    mixture_seed: int = field(default=0, metadata={"help": "Another seed, another order of a mixture's documents."})
+    streaming: bool = field(default=False, metadata={"help": "Read a Hub dataset as it comes, nothing kept on disk."})
+    bad_rows: str = field(
+        default="error", metadata={"help": "error stops at a row that is no text; skip passes it over and counts it."}
+    )
+    max_documents: int | None = field(default=None, metadata={"help": "Take only the first so many documents."})
+    max_tokens: int | None = field(default=None, metadata={"help": "Take exactly the first so many tokens."})
+    min_characters: int | None = field(default=None, metadata={"help": "Leave out documents shorter than this."})
+    max_characters: int | None = field(default=None, metadata={"help": "Leave out documents longer than this."})
+    deduplicate: bool = field(
+        default=False,
+        metadata={"help": "Keep the first of documents that are alike but for case, white space and Unicode form."},
+    )
+    decontaminate: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files of evaluation texts, as data_files: documents that share 13 words in a row are left "
+        "out, and named in the set's decontaminated-*.jsonl."},
+    )  # fmt: skip
+    filters: list[str | dict[str, typing.Any]] | None = field(
+        default=None,
+        metadata={
+            "help": 'Filters of datatrove by name, e.g. ["GopherQualityFilter"], or with their options: '
+            '[{"LanguageFilter": {"languages": ["en"]}}]. Needs the extra `datatrove`.'
+        },
+    )
+    validation_fraction: float = field(
+        default=0.005,
+        metadata={"help": "Share of the documents held out, chosen by a hash of their text. 0 holds out none."},
+    )
+    block_size: int = field(default=2048, metadata={"help": "Tokens per packed row. SmolLM2 was pre-trained at 2048."})
+    packing: str = field(
+        default="concat",
+        metadata={
+            "help": "concat: documents end to end, cut into rows (GPT-3, section 2.2). best_fit: documents up to a row "
+            "are never cut; rows are filled best-fit decreasing, the rest padded (arXiv 2404.10830)."
+        },
+    )
+    tokenizer_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: the faster tokie where it is installed and gives the same ids, else tokenizers; or one of "
+            "the two by name."
+        },
+    )
+    num_proc: int = field(default=1, metadata={"help": "Processes of this machine that share the preparation."})
+
+    def __post_init__(self):
+        if self.block_size < 2:
+            raise ValueError(f"block_size must be at least 2 (one input, one target), got {self.block_size}.")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be at least 0 and below 1, got {self.validation_fraction}.")
+        one_of("packing", self.packing, PACKINGS)
+        one_of("bad_rows", self.bad_rows, BAD_ROWS)
+        one_of("tokenizer_backend", self.tokenizer_backend, BACKENDS)
+        for name in ("num_proc", "max_documents", "max_tokens", "min_characters", "max_characters"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if (self.min_characters or 0) > (self.max_characters or float("inf")):
+            raise ValueError(f"min_characters = {self.min_characters} is above max_characters = {self.max_characters}.")
+        given = {name: getattr(self, name) for name in ("dataset_name", "data_files", "mixture")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            both = " and ".join(f"{name} = {value}" for name, value in given.items())
+            raise ValueError(f"{both} are both given: keep one.")
+        for name in ("data_files", "mixture", "decontaminate", "filters"):
+            if getattr(self, name) == []:
+                raise ValueError(f"{name} is an empty list: name at least one, or leave it out.")
+
+    @property
+    def source(self) -> dict:
+        """Which text: the arguments of `corpus.describe_source`."""
+        return {name: getattr(self, name) for name in (*SOURCE, "mixture", "mixture_seed")}
+
+    @property
+    def reading(self) -> dict:
+        """Which text and how it is read: the arguments of `corpus.read_documents`."""
+        return self.source | {"streaming": self.streaming, "bad_rows": self.bad_rows}
+
+    @property
+    def preparing(self) -> dict:
+        """What becomes of it: arguments of `prepare.prepare`."""
+        cleaning = ("min_characters", "max_characters", "deduplicate", "decontaminate", "filters")
+        names = ("validation_fraction", "packing", "tokenizer_backend", "max_documents", "max_tokens", "num_proc")
+        return {name: getattr(self, name) for name in names} | {
+            "cleaning": {name: getattr(self, name) for name in cleaning}
+        }
+
+
+def one_of(name, value, choices):
+    """Raise ValueError unless value is one of choices, with the nearest."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{name} = {value!r} is not one of {', '.join(choices)}.{hint}")
