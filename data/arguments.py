@@ -95,6 +95,12 @@ class CorpusArguments:
         if len(given) > 1:
             both = " and ".join(f"{name} = {value}" for name, value in given.items())
             raise ValueError(f"{both} are both given: keep one.")
+        again = [entry for entry in self.mixture or [] if entry.get("max_epochs", 1) != 1]
+        if self.deduplicate and again:
+            raise ValueError(
+                f"deduplicate = true would leave out all of a second pass, but mixture has max_epochs = "
+                f"{again[0]['max_epochs']}: set one of them back."
+            )
         for name in ("data_files", "mixture", "decontaminate", "filters"):
             if getattr(self, name) == []:
                 raise ValueError(f"{name} is an empty list: name at least one, or leave it out.")

@@ -106,9 +106,7 @@ def make_filter(spec: str | dict) -> tuple:
     try:
         offered = importlib.import_module("datatrove.pipeline.filters")
     except ImportError as error:
-        raise ValueError(
-            f"filters = {name} needs datatrove ({error}): pip install 'smolpretrain[datatrove]'."
-        ) from None
+        raise ValueError(f"filters: {name} needs datatrove ({error}): pip install 'smolpretrain[datatrove]'.") from None
     if not name.endswith("Filter") or not hasattr(offered, name):
         names = ", ".join(found for found in vars(offered) if found.endswith("Filter"))
         raise ValueError(f"filters: {name} is not one of datatrove's: {names}.")
