@@ -1,5 +1,6 @@
 """The command `python data/prepare.py`: words and a JSON file to a prepared set, one sentence where that fails."""
 
+import functools
 import json
 import os
 import sys
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 
-from . import corpus, prepare, tokenization
+from . import corpus, prepare, publish, tokenization
 from .arguments import CorpusArguments
 from .manifest import verify
 
@@ -22,6 +23,8 @@ TOKENIZER_DOCUMENTS = 100_000
 USAGE = """usage: python data/prepare.py [prepare.json] [key=value ...]
        python data/prepare.py --merge [prepare.json] [key=value ...]   join what several machines prepared
        python data/prepare.py --verify DIR                             re-check every byte of a set
+       ... --push_to_hub user/name [--public] [--license ID]           then publish it; with no key but prepared_dir,
+                                                                       publish the finished set that is there
 
 Under a Slurm array, shard_index and num_shards come from SLURM_ARRAY_TASK_ID and its companions.
 """
@@ -104,8 +107,19 @@ def main(argv=None) -> None:
             manifest = verify(argv[1], sha256=True)
             print(f"{argv[1]} is whole: {len(manifest.files)} files, every byte as its manifest says.")
         else:
+            argv, publication = publish.take_flags(argv)
             (args,) = parse_args([word for word in argv if word != "--merge"], (PrepareArguments,))
-            run(args, "--merge" in argv)
+            make = functools.partial(run, args, "--merge" in argv)
+            if publication is None:
+                make()
+            elif args.num_shards > 1 and "--merge" not in argv:
+                raise ValueError("--push_to_hub belongs to the last step: prepare.py --merge ... --push_to_hub NAME")
+            else:
+                finished = all(word.startswith("prepared_dir=") for word in argv)
+                address = publish.publish(publication, args.prepared_dir, None if finished else make)
+                print(f"published: {address}")
+    except publish.NotUploaded as error:
+        ArgumentParser(prog="prepare.py").exit(6, f"prepare.py: error: {error}\n")
     except (ValueError, OSError) as error:
         ArgumentParser(prog="prepare.py", usage=SUPPRESS).error(" ".join(str(error).split()))
 

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
+from loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -27,6 +28,13 @@ def corpus_file(tmp_path_factory):
             text = " ".join(random.choices(words, k=random.choice([5, 20, 80, 400])))
             file.write(json.dumps({"text": text, "kind": "mixed"}) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """A Hub on loopback, see loopback_hub.py; each test names repositories of its own."""
+    with LoopbackHub() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
