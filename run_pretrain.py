@@ -142,12 +142,13 @@ def prepare_data(model_args, data_args, args, config):
     else:
         tokenizer = tokenization.load_tokenizer(wanted)
     model.fit_config(config, tokenizer, data_args.block_size)
+    as_it_is = data_args.prepared_dir and not data_args.named and prepare.Manifest.stands_in(prepared_dir)
     manifest = prepare.prepare(
         corpus.read_documents(**data_args.reading),
         tokenizer,
         data_args.block_size,
         prepared_dir,
-        source=corpus.describe_source(**data_args.source),
+        source=None if as_it_is else corpus.describe_source(**data_args.source),
         progress=not args.disable_tqdm,
         **data_args.preparing,
     )

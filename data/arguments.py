@@ -106,6 +106,11 @@ class CorpusArguments:
                 raise ValueError(f"{name} is an empty list: name at least one, or leave it out.")
 
     @property
+    def named(self) -> bool:
+        """Whether a text is named at all."""
+        return any((self.dataset_name, self.data_files, self.mixture))
+
+    @property
     def source(self) -> dict:
         """Which text: the arguments of `corpus.describe_source`."""
         return {name: getattr(self, name) for name in (*SOURCE, "mixture", "mixture_seed")}

@@ -92,7 +92,8 @@ def run(args: PrepareArguments, merging: bool = False) -> None:
             f"{split['documents_per_block']:.2f} documents a row."
         )
     print(f"{'found whole in' if manifest.reused else 'written to'} {args.prepared_dir}, {manifest.fingerprint}.")
-    print(f"train on it: prepared_dir={args.prepared_dir} tokenizer_name={Path(args.prepared_dir, 'tokenizer')}")
+    same = " ".join(f"{name}={getattr(manifest, name)}" for name in ("block_size", "packing", "validation_fraction"))
+    print(f"train on it: prepared_dir={args.prepared_dir} tokenizer_name={Path(args.prepared_dir, 'tokenizer')} {same}")
 
 
 def main(argv=None) -> None:

@@ -91,6 +91,11 @@ class Manifest:
         os.replace(temporary, path)
         sync(path.parent)
 
+    @staticmethod
+    def stands_in(prepared_dir: str | os.PathLike) -> bool:
+        """Tell whether a finished set, whole or damaged, is there."""
+        return Path(prepared_dir, FILE_NAME).is_file()
+
     @classmethod
     def load(cls, prepared_dir: str | os.PathLike) -> "Manifest":
         """Read manifest.json.

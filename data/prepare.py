@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def prepare(
     tokenizer,
     block_size: int,
     prepared_dir: str | os.PathLike,
-    source: dict,
+    source: dict | None,
     validation_fraction: float = 0.005,
     packing: str = "concat",
     progress: bool = True,
@@ -131,7 +131,8 @@ def prepare(
         documents: `corpus.read_documents`'s, or any iterable of texts, none blank, the same at every start.
         tokenizer: See `tokenization.load_tokenizer`.
         prepared_dir: Absent, empty, or a set of the same identity, which is used as it is.
-        source: What `corpus.describe_source` says; part of the identity, so that another text is noticed.
+        source: What `corpus.describe_source` says; part of the identity, so that another text is noticed. None: a set
+            is there, of whatever text, and used as it is.
         progress: Show a bar.
         tokenizer_backend: See `encoding.Encoder`.
         max_documents, max_tokens: See `feed.Limits`.
@@ -177,6 +178,8 @@ def prepare(
     target = Path(os.path.realpath(prepared_dir))
     if (found := _prepared_already(target, manifest)) is not None:
         return found
+    if source is None:
+        raise ValueError(f"{prepared_dir} is not a prepared set; name the text to prepare it from.")
     if not isinstance(documents, Documents | MixedDocuments):
         documents = Documents([Rows("documents", functools.partial(iter, documents))])
     if cleaning.by_text:
@@ -267,6 +270,8 @@ def _prepared_already(target: Path, wanted: Manifest) -> Manifest | None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
     found = Manifest.load(target)
+    if wanted.source is None:
+        wanted = replace(wanted, source=found.source, options=wanted.options or found.options)
     check_identity(found, wanted, target)
     verify(target)
     found.reused = True

@@ -130,6 +130,18 @@ def test_a_set_of_the_same_identity_is_used_as_it_is(tmp_path):
     assert again == first and again.fingerprint == first.fingerprint and files(tmp_path / "set") == before
 
 
+def test_a_finished_set_is_taken_as_it_is_where_no_text_is_named(tmp_path):
+    made = prepared(tmp_path / "set", max_documents=100)
+    found = prepared(tmp_path / "set", texts=[], source=None)
+    assert found.reused and found.fingerprint == made.fingerprint
+    with pytest.raises(ValueError, match="was prepared with block_size 16, but 32 is asked for"):
+        prepared(tmp_path / "set", texts=[], source=None, block_size=32)
+    with pytest.raises(ValueError, match="was prepared with max_documents 100, but 99 is asked for"):
+        prepared(tmp_path / "set", texts=[], source=None, max_documents=99)
+    with pytest.raises(ValueError, match="none is not a prepared set; name the text to prepare it from"):
+        prepared(tmp_path / "none", source=None)
+
+
 def test_a_moved_branch_of_the_hub_is_recorded_but_does_not_part_sets(tmp_path):
     source = {"dataset_name": "a/b", "dataset_revision": None, "text_column": "text"}
     assert prepared(tmp_path / "set", source=source | {"dataset_commit": "1"}).source["dataset_commit"] == "1"
