@@ -31,7 +31,7 @@ RANGES = {
     "at least 1": (
         lambda v: v >= 1,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_eval_samples "
-        "max_eval_documents",
+        "max_eval_documents max_bad_steps",
     ),
 }
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
@@ -136,6 +136,20 @@ class PretrainArguments(TrainingArguments):
     keep_every_steps: int = field(
         default=0, metadata={"help": "Checkpoints of steps that are multiples of this stay for good; 0 keeps none."}
     )
+    max_bad_steps: int = field(
+        default=3,
+        metadata={
+            "help": "Bad steps in a row that end the run with status 3. One or two can be a bad document or a bit that "
+            "flipped; shuffled rows do not give three."
+        },
+    )
+    on_spike: str = field(
+        default="stop",
+        metadata={
+            "help": "A loss above the mean of the last 128 good steps by 6 times their noise: stop counts it as a "
+            "bad step, skip counts it and does not apply it, report only says it."
+        },
+    )
     max_eval_samples: int = field(default=1024, metadata={"help": "Held-out rows scored at each eval, evenly spaced."})
     max_eval_documents: int = field(
         default=10_000, metadata={"help": "Held-out documents scored at the end of the run, evenly spaced."}
@@ -151,6 +165,7 @@ class PretrainArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check_ranges()
+        _one_of("on_spike", self.on_spike, ("stop", "skip", "report"))
         self._check_optimizer()
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True  # recomputes activations: slower, far less memory

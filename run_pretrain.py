@@ -35,13 +35,13 @@ if __package__:
     from .command_line import parse_args
     from .data import corpus, packing, prepare, tokenization
     from .eval import perplexity
-    from .training import checkpoints, guards, loss, model, record, trainer
+    from .training import checkpoints, divergence, guards, loss, model, record, trainer
 else:
     from arguments import DataArguments, ModelArguments, PretrainArguments
     from command_line import parse_args
     from data import corpus, packing, prepare, tokenization
     from eval import perplexity
-    from training import checkpoints, guards, loss, model, record, trainer
+    from training import checkpoints, divergence, guards, loss, model, record, trainer
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
 NOT_ARCHITECTURE = {"transformers_version", "use_cache", "_name_or_path", "dtype", "architectures"}
@@ -227,6 +227,7 @@ def make_trainer(network, zero3, data_args, args, tokenizer, sets):
         ),
         callbacks=[log],
     )
+    made.divergence.tell = log.tell_bad_step
     made.remove_callback(ProgressCallback)
     made.remove_callback(PrinterCallback)
     return made, log
@@ -272,9 +273,10 @@ def free_memory():
         torch.cuda.empty_cache()
 
 
-def report(args, log, results, tokens_seen):
+def report(args, log, results, tokens_seen, skipped_steps):
     """Print and record the end of the run."""
     result = {"tokens_seen": tokens_seen, "tokens_per_second": round(log.tokens_per_second, 1)}
+    result |= {"skipped_steps": skipped_steps}
     rate = f"{tokens_seen:,} tokens seen, {log.tokens_per_second:,.0f} tokens/s"
     if results:
         result |= {
@@ -329,7 +331,10 @@ def main(argv=None):
         say(f"going on from {checkpoint}.")
     made.train(resume_from_checkpoint=checkpoint)
     stop.restore_signals()
+    if made.divergence.ended:
+        fail(made.divergence.ended, divergence.DIVERGED)
     step, tokens_seen = made.state.global_step, made.state.num_input_tokens_seen
+    skipped_steps = made.divergence.skipped
     if stop.stopped:
         say(f"stopped at step {step}: checkpoint-{step} is whole, the same command goes on from it.")
         sys.exit(guards.INTERRUPTED)
@@ -338,7 +343,7 @@ def main(argv=None):
     gc.collect()
     results = judge(args, tokenizer, prepared_dir, data_args.block_size) if data_args.validation_fraction else None
     if RANK == 0:
-        report(args, log, results, tokens_seen)
+        report(args, log, results, tokens_seen, skipped_steps)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -65,6 +65,16 @@ def check(args):
         "train_batch_size": ("micro-batch x accumulation x ranks", micro * accumulation * world),
     }
     zero = config.get("zero_optimization") or {}
+    if zero.get("stage") not in (1, 2, 3):
+        raise ValueError(
+            f"deepspeed = {args.deepspeed}: zero_optimization.stage = {zero.get('stage')}, but must be 1, 2 or 3; "
+            "deepspeed=null trains without ZeRO."
+        )
+    if not (config.get("bf16") or {}).get("check_grad_overflow", True):
+        raise ValueError(
+            f"deepspeed = {args.deepspeed}: bf16.check_grad_overflow = false would apply gradients that are not "
+            "finite. Take it out."
+        )
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(
             f"deepspeed = {args.deepspeed}: without stage3_gather_16bit_weights_on_model_save = true in "

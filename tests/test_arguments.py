@@ -149,6 +149,8 @@ def test_a_token_in_an_argument_is_refused_and_not_repeated(args_json):
         (["max_grad_norm=0"], "max_grad_norm must be above 0"),
         (["weight_decay=-0.1"], "weight_decay must be at least 0, got -0.1."),
         (["per_device_train_batch_size=0"], "per_device_train_batch_size must be at least 1, got 0."),
+        (["max_bad_steps=0"], "max_bad_steps must be at least 1, got 0."),
+        (["on_spike=ignore"], "on_spike = 'ignore' is not one of stop, skip, report."),
         (["max_steps=0"], "max_steps must be at least 1, or -1"),
         (["max_steps=5", "warmup_steps=5"], "warmup_steps = 5 is not below max_steps = 5"),
         (["save_total_limit=1"], "save_total_limit must be at least 2, got 1"),
@@ -187,6 +189,9 @@ def test_without_a_compiler_deepspeed_on_a_cpu_says_so(monkeypatch):
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "zero_force_ds_cpu_optimizer"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": None}}, "stage3_gather_16bit_weights_on_model_save"),
         ({"bf16": {"enabled": False}}, "bf16 = False, but bf16 = True here"),
+        ({"bf16": {"enabled": "auto", "check_grad_overflow": False}}, "would apply gradients that are not finite"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage = 0, but must be 1, 2 or 3"),
+        ({"zero_optimization": None}, "zero_optimization.stage = None, but must be 1, 2 or 3"),
     ],
 )
 def test_a_deepspeed_json_that_contradicts_the_arguments_is_refused(tmp_path, change, reason):

@@ -120,7 +120,7 @@ class Record(TrainerCallback):
                 "grad_norm": logs.get("grad_norm"),
                 "tokens_per_second": round(rate, 1),
                 "peak_memory_gib": round(peak_memory_gib(self.device), 3),
-            }
+            } | {name: logs[name] for name in ("skipped_steps", "bad_steps") if name in logs}
             self._metric(state, **row)
             norm = "" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"
             self._row(
@@ -130,6 +130,11 @@ class Record(TrainerCallback):
             if state.global_step == 1:
                 self._hold_first_loss(logs["loss"], kwargs["model"].config.vocab_size)
         self.mark = time.monotonic()
+
+    def tell_bad_step(self, state, sentence, row):
+        """What the guard against divergence says of a step, for people and for programs."""
+        self._metric(state, **row)
+        self._say(sentence)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:

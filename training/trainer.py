@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from . import checkpoints
+from .divergence import Divergence
 
 
 class PretrainTrainer(Trainer):
@@ -23,6 +24,30 @@ class PretrainTrainer(Trainer):
     """
 
     same: ClassVar[dict] = {}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        known = self.args
+        self.divergence = Divergence(known.on_spike, known.max_bad_steps, known.process_index, known.world_size)
+        self.add_callback(self.divergence)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Trainer's, seen by the guard against divergence before the backward."""
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        return self.divergence.watch(loss, last=self.accelerator.gradient_state.sync_gradients)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not self.is_deepspeed_enabled:  # DeepSpeed has stepped already, or has not for the same reason
+            self.divergence.drop(model, grad_norm)
+        return grad_norm
+
+    def log(self, logs, start_time=None):
+        """Trainer's, with the steps that changed nothing and the bad ones counted since the first."""
+        if "loss" in logs:
+            self._tr_loss.zero_()  # Trainer subtracts it from itself, which leaves a NaN in every later row
+            logs |= {"skipped_steps": self.divergence.skipped, "bad_steps": self.divergence.bad}
+        super().log(logs, start_time)
 
     def create_optimizer(self, model=None):
         """AdamW in three groups, so that bitsandbytes' 8-bit state leaves embeddings and norms in 32 bits.
@@ -105,6 +130,8 @@ class PretrainTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """Trainer's save, then the manifest that makes it count, then the removal of what is older."""
+        if not self.divergence.may_save(model, self.args, self.control):
+            return
         args, limit = self.args, self.args.save_total_limit
         directory = Path(args.output_dir, f"checkpoint-{self.state.global_step}")
         if args.process_index == 0:

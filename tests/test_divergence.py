@@ -1,0 +1,293 @@
+"""A run that no longer learns says so at once, names the rows, changes no weight by them and ends with status 3."""
+
+import json
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, TrainerCallback
+
+from smolpretrain.arguments import PretrainArguments
+from smolpretrain.data.packing import PackedCollator
+from smolpretrain.training import checkpoints, model
+from smolpretrain.training.trainer import PretrainTrainer
+
+TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+BLOCK = 16
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors of a kilobyte
+    yield
+    torch.set_num_threads(threads)
+
+
+class Fault(TrainerCallback):
+    """Harms the steps of `at`: their loss, their gradient, or the weights after them; notes every step's weights."""
+
+    def __init__(self, trainer, what, at, by):
+        self.trainer, self.what, self.at, self.by, self.seen, self.fired = trainer, what, at, by, [], 0
+        trainer.model.register_forward_hook(self.after_forward)
+        trainer.model.lm_head.weight.register_hook(self.on_gradient)
+
+    def due(self, what):
+        due = self.what == what and self.trainer.state.global_step + 1 in self.at
+        self.fired += due
+        return due
+
+    def after_forward(self, network, args, outputs):
+        if self.due("loss"):
+            outputs.loss = outputs.loss * self.by
+
+    def on_gradient(self, gradient):
+        return gradient * self.by if self.due("gradient") else gradient
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.before = snapshot(self.trainer)
+        if self.due("weights"):  # as an optimizer that overflows would leave them
+            model.lm_head.weight.data[0] = self.by
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen.append(all(torch.equal(a, b) for a, b in zip(self.before, snapshot(self.trainer), strict=True)))
+
+
+def snapshot(trainer):
+    optimizer = trainer.optimizer.optimizer
+    moments = [v for entry in optimizer.state.values() for v in entry.values() if torch.is_tensor(v)]
+    return [t.detach().clone() for t in (*trainer.model.parameters(), *moments)]
+
+
+def train(output_dir, what, at, by=math.nan, resume_from=None, **arguments):
+    """A real Trainer on random rows with one fault; returns it, what was told, and the fault."""
+    known = {"output_dir": str(output_dir), "deepspeed": None, "optim": "adamw_torch_fused", "bf16": False,
+             "per_device_train_batch_size": 2, "save_steps": 2, "max_steps": 10, "eval_strategy": "no",
+             "warmup_steps": 0, "logging_steps": 1, "disable_tqdm": True, "learning_rate": 1e-2}  # fmt: skip
+    args = PretrainArguments(**known | arguments)
+    ids = np.random.default_rng(0).integers(1, TINY["vocab_size"], (48, BLOCK))
+    trainer = PretrainTrainer(
+        model=model.random_model(LlamaConfig(**TINY), 0, "sdpa"),
+        args=args,
+        train_dataset=[{"input_ids": row} for row in ids],
+        data_collator=PackedCollator(0, True),
+    )
+    told = []
+    trainer.divergence.tell = lambda state, sentence, row: told.append((state.global_step, sentence, row))
+    fault = Fault(trainer, what, at, by)
+    trainer.add_callback(fault)
+    trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+    assert fault.fired
+    return trainer, told, fault
+
+
+def saved(output_dir):
+    return sorted(step for step, path in checkpoints.by_step(output_dir) if checkpoints.verify(path))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_bnb_8bit"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(tmp_path, optim, what):
+    trainer, told, fault = train(tmp_path, what, {3}, optim=optim)
+    assert fault.seen == [step == 3 for step in range(1, 11)]
+    assert [step for step, *_ in told] == [3] and trainer.divergence.ended is None
+    assert told[0][2]["bad_step"] == (
+        "a loss of nan" if what == "loss" else "a gradient that is not finite, though every loss is"
+    )
+    losses = {row["step"]: row for row in trainer.state.log_history if "loss" in row}
+    assert math.isnan(losses[3]["loss"]) == (what == "loss")
+    assert all(math.isfinite(row["loss"]) for step, row in losses.items() if step > 3)  # Trainer's would stay NaN
+    assert [losses[step]["skipped_steps"] for step in (2, 3, 10)] == [0, 1, 1]
+
+
+def test_three_in_a_row_end_the_run_before_the_next_save_and_name_the_last_good_checkpoint(tmp_path):
+    trainer, told, _ = train(tmp_path, "loss", range(4, 99))
+    assert trainer.state.global_step == 6 and saved(tmp_path) == [2]
+    assert trainer.divergence.ended.startswith(
+        "training diverged: 3 bad steps in a row (max_bad_steps), the last with a loss of nan; 3 of 6 steps were "
+        f"applied. The last good checkpoint is {tmp_path / 'checkpoint-2'}. "
+    )
+    assert f"init_from={tmp_path / 'checkpoint-2'}" in trainer.divergence.ended
+    assert [sentence.split("applied, ")[1] for _, sentence, _ in told] == [f"{n} bad in a row." for n in (1, 2, 3)]
+
+
+def test_steps_that_are_bad_now_and_then_do_not_end_the_run(tmp_path):
+    trainer, *_ = train(tmp_path, "loss", {2, 3, 5, 6, 8, 9})
+    assert trainer.divergence.ended is None and trainer.state.global_step == 10
+    assert (trainer.divergence.bad, trainer.divergence.skipped) == (6, 6)
+
+
+def test_a_save_that_falls_on_a_bad_step_waits_for_the_next_good_one(tmp_path):
+    train(tmp_path, "loss", {4, 5}, max_steps=8, save_total_limit=9)
+    assert saved(tmp_path) == [2, 6, 8]
+
+
+@pytest.mark.parametrize("save", ["steps", "no"])
+def test_weights_that_are_not_finite_are_never_saved_and_never_exported(tmp_path, save):
+    trainer, *_ = train(tmp_path, "weights", {10}, by=math.inf, max_steps=10, save_strategy=save)
+    assert trainer.divergence.ended.startswith("training diverged: the model has weights that are not finite.")
+    assert saved(tmp_path) == ([4, 6, 8] if save == "steps" else [])
+    assert ("No checkpoint was written before." in trainer.divergence.ended) == (save == "no")
+
+
+@pytest.mark.parametrize("on_spike", ["stop", "skip", "report"])
+def test_a_loss_far_above_its_past_is_said_once_and_skipped_only_if_asked(tmp_path, on_spike):
+    trainer, told, fault = train(tmp_path, "loss", {45}, by=10, on_spike=on_spike, max_steps=50, save_strategy="no")
+    assert [step for step, *_ in told] == [45] and "far above" in told[0][1]
+    assert fault.seen == [on_spike == "skip" and step == 45 for step in range(1, 51)]
+    assert told[0][2]["applied"] == (on_spike != "skip") and trainer.divergence.ended is None
+    counted = on_spike != "report"
+    assert (trainer.divergence.bad, trainer.divergence.skipped) == (counted, on_spike == "skip")
+    losses = {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
+    assert losses[45] > 9 * losses[44] / 2  # the loss as it was, not what the skip made of it
+
+
+@pytest.mark.parametrize(("on_spike", "last"), [("stop", 47), ("skip", 47), ("report", 60)])
+def test_a_lasting_spike_ends_the_run_unless_it_is_only_reported(tmp_path, on_spike, last):
+    trainer, *_ = train(tmp_path, "loss", range(45, 99), by=10, on_spike=on_spike, max_steps=60, save_strategy="no")
+    assert trainer.state.global_step == last
+    assert (trainer.divergence.ended is None) == (on_spike == "report")
+
+
+def test_a_falling_loss_is_no_spike_and_neither_is_a_slow_rise(tmp_path):
+    trainer, *_ = train(tmp_path, "loss", {1}, by=1.0, max_steps=80, save_strategy="no")
+    guard = trainer.divergence
+    assert guard.bad == 0 and guard.limit < math.inf
+    guard.history = [3.0 + 0.1 * (-1) ** step for step in range(128)]
+    guard._set_limit()
+    assert 3.5 < guard.limit < 4.0
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_knows_its_past(tmp_path):
+    words = {"on_spike": "skip", "max_steps": 44, "save_steps": 20}
+    straight, told, _ = train(tmp_path / "a", "loss", {35, 43}, by=10, **words)
+    again, told_again, _ = train(
+        tmp_path / "b", "loss", {43}, by=10, resume_from=tmp_path / "a" / "checkpoint-40", **words
+    )
+    assert [step for step, *_ in told] == [35, 43] and told_again == told[1:]
+    assert again.divergence.state() == straight.divergence.state() and again.divergence.skipped == 2
+    assert torch.equal(again.model.lm_head.weight, straight.model.lm_head.weight)
+
+
+# Real runs: two ranks, ZeRO-2, 8-bit AdamW, accumulation 2, epochs whose last step has one micro-batch
+
+
+@pytest.fixture(scope="session")
+def words(corpus_file, tmp_path_factory):
+    small = tmp_path_factory.mktemp("poisoned") / "small.jsonl"
+    small.write_text("".join(corpus_file.read_text().splitlines(keepends=True)[:18]))
+    overrides = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+    return [
+        "model_name=smollm2-1m", "tokenizer_name=train", f"config_overrides={json.dumps(overrides)}", "block_size=64",
+        f"data_files={small}", "validation_fraction=0.1", "eval_strategy=no", "sample_steps=0", "logging_steps=1",
+        "per_device_train_batch_size=2", "gradient_accumulation_steps=2", "max_steps=60", "save_steps=40",
+        "warmup_steps=3", "learning_rate=3e-3", "disable_tqdm=true",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def poison(launch, words, tmp_path_factory):
+    """Launch two ranks with a fault; returns the output directory, what each rank saw at each step, and the process."""
+
+    def run(fault, *more, expect=0):
+        where = tmp_path_factory.mktemp("poisoned")
+        fault = json.dumps({"witness": str(where)} | fault)
+        done = launch("deepspeed", "--num_gpus", "2", "tests/poisoned_run.py", f"fault={fault}", *words, *more,
+                      f"output_dir={where / 'out'}", OMP_NUM_THREADS="1", expect=expect)  # fmt: skip
+        notes = [(where / f"rank{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
+        seen = [[json.loads(line) for line in part] for part in notes]
+        return where / "out", seen, done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def skipping(poison):
+    """Row 5 makes its micro-batch's loss NaN, row 9, from step 41 on, ten times itself; both are skipped."""
+    return poison({"nan_row": 5, "spike_row": 9}, "on_spike=skip", "max_bad_steps=9")
+
+
+def rows_of_metrics(output_dir, key):
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row for row in rows if key in row}
+
+
+@pytest.mark.slow
+def test_the_rows_that_are_named_are_the_ones_each_rank_had_in_every_epoch(skipping):
+    output_dir, seen, done = skipping
+    bad = rows_of_metrics(output_dir, "bad_step")
+    with_5 = {line["step"] for part in seen for line in part if any(5 in rows for rows in line["rows"])}
+    with_9 = {line["step"] for part in seen for line in part if any(9 in rows for rows in line["rows"])}
+    assert set(bad) == with_5 | {step for step in with_9 if step > 40} and len(with_9 - with_5) > 4
+    assert any(len(line["rows"]) == 1 for line in seen[0])  # an epoch's last step
+    for step, row in bad.items():
+        assert {place["rank"] for place in row["where"]} <= {0, 1}
+        named = [(place["rank"], place["micro_batch"]) for place in row["where"]]
+        harmful = 5 if step in with_5 else 9
+        assert named == [
+            (rank, number)
+            for rank in (0, 1)
+            for number, rows in enumerate(seen[rank][step - 1]["rows"])
+            if harmful in rows
+        ]
+        for place in row["where"]:
+            assert place["rows"] == seen[place["rank"]][step - 1]["rows"][place["micro_batch"]]
+    rank, rows = bad[min(bad)]["where"][0]["rank"], bad[min(bad)]["where"][0]["rows"]
+    assert f"Step {min(bad)}: a loss of nan, on rank {rank}, rows {', '.join(map(str, rows))} of" in done.stdout
+
+
+@pytest.mark.slow
+def test_under_zero_2_a_skipped_step_leaves_every_bit_of_both_ranks_and_the_learning_rate_goes_on(skipping):
+    output_dir, seen, _ = skipping
+    bad, logged = rows_of_metrics(output_dir, "bad_step"), rows_of_metrics(output_dir, "loss")
+    for part in seen:
+        for before, after in pairwise(part):
+            unchanged = before["weights"] == after["weights"] and before["optimizer"] == after["optimizer"]
+            assert unchanged == (after["step"] in bad), after["step"]
+    assert [line["weights"] for line in seen[0]] == [line["weights"] for line in seen[1]]
+    for step, row in logged.items():
+        assert row["skipped_steps"] == sum(number <= step for number in bad)
+        assert math.isnan(row["loss"]) == ("nan" in bad.get(step, {"bad_step": ""})["bad_step"])
+        done = max(step - 1 - 3, 0) / 57
+        rate = 3e-3 * (step - 1) / 3 if step <= 3 else 1.5e-3 * (1 + math.cos(math.pi * done))
+        assert row["learning_rate"] == pytest.approx(rate, rel=1e-9)
+    assert json.loads((output_dir / "run.json").read_text())["result"]["skipped_steps"] == len(bad)
+
+
+@pytest.mark.slow
+def test_gone_on_from_a_checkpoint_the_same_rows_are_named_and_the_count_goes_on(skipping, poison):
+    straight = skipping[0]
+    fault, checkpoint = {"nan_row": 5, "spike_row": 9}, straight / "checkpoint-40"
+    again, seen, _ = poison(fault, "on_spike=skip", "max_bad_steps=9", f"resume={checkpoint}")
+    assert seen[0][0]["step"] == 41
+    for key in ("bad_step", "skipped_steps"):
+        one, other = rows_of_metrics(straight, key), rows_of_metrics(again, key)
+        times = {"tokens_per_second", "peak_memory_gib"}
+        one = {step: {k: v for k, v in row.items() if k not in times} for step, row in one.items() if step > 40}
+        other = {step: {k: v for k, v in row.items() if k not in times} for step, row in other.items()}
+        assert json.dumps(one) == json.dumps(other)  # as text, because NaN is not NaN
+    ends = [load_file(directory / "model.safetensors") for directory in (straight, again)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_nan_on_one_rank_stops_both_with_status_3_and_names_rank_rows_and_checkpoint(poison, what):
+    fault = {"loss": "nan_from", "gradient": "gradient_from"}[what]
+    output_dir, seen, done = poison({fault: 12, "rank": 1}, "save_steps=5", expect=3)
+    assert [len(part) for part in seen] == [14, 14] and saved(output_dir) == [5, 10]
+    assert not (output_dir / "model.safetensors").exists() and "Traceback" not in done.stderr + done.stdout
+    ill = (
+        "a loss of nan, on rank 1"
+        if what == "loss"
+        else "a gradient that is not finite, though every loss is, on ranks 0, 1"
+    )
+    parts = seen[1:] if what == "loss" else seen  # the gradients are one sum
+    rows = ", ".join(str(row) for part in parts for rows in part[13]["rows"] for row in rows)
+    assert f"Step 14: {ill}, rows {rows} of the training set; not applied, 3 bad in a row." in done.stdout
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if "error:" in line]
+    assert len(errors) == 1 and "11 of 14 steps were applied" in errors[0]
+    assert f"The last good checkpoint is {output_dir / 'checkpoint-10'}." in errors[0]
