@@ -165,7 +165,7 @@ class PretrainArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check_ranges()
-        _one_of("on_spike", self.on_spike, ("stop", "skip", "report"))
+        one_of("on_spike", self.on_spike, ("stop", "skip", "report"))
         self._check_optimizer()
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True  # recomputes activations: slower, far less memory
