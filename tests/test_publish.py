@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,9 +180,12 @@ def test_what_the_hub_would_refuse_is_said_before_anything_is_prepared(
     assert list(tmp_path.iterdir()) == [] and ("dataset", "user/new") not in here.repos
 
 
-def test_a_directory_that_is_no_whole_set_is_refused_before_the_hub_is_asked(here, capsys, tmp_path, published):
+def test_a_set_that_is_not_whole_is_refused_before_the_hub_is_asked(here, capsys, tmp_path, published):
     asked = len(here.requests)
     assert "is not a prepared set" in refusal(capsys, f"prepared_dir={tmp_path}", "--push_to_hub=user/new")
+    flipped = shutil.copytree(published, tmp_path / "set") / "unigram_counts.npy"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"\xff")
+    assert "is damaged: its sha256 is" in refusal(capsys, f"prepared_dir={tmp_path}/set", "--push_to_hub=user/new")
     assert len(here.requests) == asked
 
 
