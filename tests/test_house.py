@@ -14,9 +14,13 @@ from transformers import TrainingArguments
 
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 
-ROOMS = {"arguments", "command_line", "plan", "data", "eval", "space", "hub", "training"}
-# prepare.py parses as run_pretrain.py does, and both share the arguments that say what text is taken.
-ALLOWED = {("training", "data.manifest"), ("data", "command_line"), ("arguments", "data.arguments")}
+ROOMS = {"arguments", "command_line", "plan", "planning", "data", "eval", "space", "hub", "training"}
+ALLOWED = {
+    ("training", "data.manifest"),
+    # prepare.py and plan.py parse as run_pretrain.py does, and share the arguments that say what text is taken.
+    *(("data", "command_line"), ("arguments", "data.arguments")),
+    *(("plan", name) for name in ("planning", "command_line", "arguments")),  # plan.py is planning/'s command
+}
 PRODUCT = [
     path
     for path in sorted(ROOT.rglob("*.py"))
@@ -80,7 +84,14 @@ def test_a_wheel_holds_one_top_level_name_and_its_data_files(tmp_path):
     )  # fmt: skip
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"smolpretrain"}
-    shipped = {"run_pretrain.py", "args.json", "ds_configs/zero2.json", "data/packing.py", "eval/perplexity.py"}
+    shipped = {
+        "run_pretrain.py",
+        "args.json",
+        "architectures.json",
+        "ds_configs/zero2.json",
+        "data/packing.py",
+        "eval/perplexity.py",
+    }
     assert {f"smolpretrain/{name}" for name in shipped} <= set(names)
     assert not [name for name in names if "tests/" in name or "runs/" in name]
 

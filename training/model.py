@@ -1,5 +1,6 @@
 """The model: an architecture by name, always from random weights."""
 
+import json
 import math
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,51 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, set_seed
 
-# As their authors pre-trained them, before the long-context stage that the released configs describe.
-# Source: huggingface/smollm, text/pretraining/smollm2/config_smollm2_{135M,360M,1B}.yaml
-_SMOLLM2 = {
-    "vocab_size": 49152,
-    "max_position_embeddings": 2048,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
-BUILT_IN = {
-    "smollm2-1m": {
-        "vocab_size": 4096,
-        "max_position_embeddings": 512,
-        "hidden_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 352,
-        "initializer_range": 0.088,  # 1 / sqrt(hidden_size), as the 135M has 1 / 24
-    },
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "initializer_range": 1 / 24,
-    },
-    "smollm2-360m": {
-        "hidden_size": 960,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 15,
-        "num_key_value_heads": 5,
-        "intermediate_size": 2560,
-        "initializer_range": 0.03227,
-    },
-    "smollm2-1.7b": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "intermediate_size": 8192,
-        "initializer_range": 0.02,
-    },
-}
+_TABLE = json.loads((Path(__file__).resolve().parent.parent / "architectures.json").read_text(encoding="utf-8"))
+BUILT_IN = {name: _TABLE["shared"] | own for name, own in _TABLE["models"].items()}  # plan.py reads the same file
 TRAIN = "train"  # tokenizer_name of a tokenizer trained on the data
 
 
@@ -67,7 +25,7 @@ def load_config(model_name, overrides=None):
     """
     overrides, path = overrides or {}, Path(model_name).expanduser()
     if model_name in BUILT_IN:
-        config = LlamaConfig(**{**_SMOLLM2, **BUILT_IN[model_name]})
+        config = LlamaConfig(**BUILT_IN[model_name])
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model_name = {model_name} is a directory without config.json.")

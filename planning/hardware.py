@@ -1,0 +1,129 @@
+"""What a device can do: dense bf16 peak, memory, bandwidth, links and power, each from the vendor's data sheet.
+
+Vendors print tensor-core peaks with 2:4 sparsity, which training does not use: the figures here are the dense half,
+and for GeForce the one with fp32 accumulation, which is what training runs.
+"""
+
+import os
+import time
+from typing import NamedTuple
+
+
+class Device(NamedTuple):
+    """One device.
+
+    Attributes:
+        name: As the table calls it.
+        peak_flops: Dense bf16 FLOPs a second with fp32 accumulation; None where unknown.
+        memory_bytes: A data sheet's GB are taken as 1e9 bytes: some 6 % less than a card holds, which leaves room for
+            CUDA's own context and for fragments.
+        bandwidth: Bytes a second between memory and cores.
+        link: Bytes a second to a neighbour in the same machine, one way: half of what data sheets print.
+        watts: Board power; None where no data sheet says it.
+        source: Where the figures stand.
+    """
+
+    name: str
+    peak_flops: float | None
+    memory_bytes: float
+    bandwidth: float | None
+    link: float | None
+    watts: float | None
+    source: str
+
+
+def _device(name, tflops, memory_gb, bandwidth_gb, link_gb, watts, source):
+    return Device(name, tflops * 1e12, memory_gb * 1e9, bandwidth_gb * 1e9, link_gb * 1e9, watts, source)
+
+
+_GA102 = "NVIDIA Ampere GA102 architecture whitepaper, appendix: RTX 3090, peak BF16 tensor with FP32 accumulate"
+_ADA = "NVIDIA Ada GPU architecture whitepaper, appendix: RTX 4090, peak BF16 tensor with FP32 accumulate"
+_RTX_BLACKWELL = "NVIDIA RTX Blackwell GPU architecture whitepaper: RTX 5090, peak BF16 tensor with FP32 accumulate"
+DEVICES = (
+    _device("L4", 121, 24, 300, 32, 72, "NVIDIA L4 data sheet (242 with sparsity); PCIe 4.0 x16"),
+    _device("L40S", 362, 48, 864, 32, 350, "NVIDIA L40S data sheet (733 with sparsity); PCIe 4.0 x16"),
+    _device("A10G", 70, 24, 600, 32, None, "NVIDIA's A10G brief for AWS G5 (the A10 has 125); PCIe 4.0 x16"),
+    _device("A100-40GB", 312, 40, 1555, 300, 400, "NVIDIA A100 data sheet, SXM (624 with sparsity); NVLink 600 GB/s"),
+    _device("A100-80GB", 312, 80, 2039, 300, 400, "NVIDIA A100 data sheet, SXM (624 with sparsity); NVLink 600 GB/s"),
+    _device("H100-SXM", 989.4, 80, 3350, 450, 700, "NVIDIA H100 data sheet, SXM (1,979 sparse); NVLink 900 GB/s"),
+    _device("H100-PCIe", 756, 80, 2000, 64, 350, "NVIDIA H100 data sheet, PCIe (1,513 with sparsity); PCIe 5.0 x16"),
+    _device("H200", 989.4, 141, 4800, 450, 700, "NVIDIA H200 data sheet, SXM (1,979 with sparsity); NVLink 900 GB/s"),
+    _device("B200", 2250, 180, 8000, 900, 1000, "NVIDIA HGX B200 data sheet (4,500 with sparsity); NVLink 1.8 TB/s"),
+    _device("RTX-3090", 71, 24, 936, 32, 350, f"{_GA102}; PCIe 4.0 x16"),
+    _device("RTX-4090", 165.2, 24, 1008, 32, 450, f"{_ADA}; PCIe 4.0 x16"),
+    _device("RTX-5090", 209.5, 32, 1792, 64, 575, f"{_RTX_BLACKWELL}; PCIe 5.0 x16"),
+)
+NAMES = tuple(device.name for device in DEVICES)
+# What CUDA calls them: the first whose words all stand in it.
+_CUDA_NAMES = (
+    ("H100 PCIe", "H100-PCIe"), ("H100", "H100-SXM"), ("H200", "H200"), ("B200", "B200"), ("A100 80GB", "A100-80GB"),
+    ("A100 40GB", "A100-40GB"), ("A10G", "A10G"), ("L40S", "L40S"), ("L4", "L4"),
+    ("RTX 3090", "RTX-3090"), ("RTX 4090", "RTX-4090"), ("RTX 5090", "RTX-5090"),
+)  # fmt: skip
+_OTHER_CARDS = {"Ti", "SUPER", "Laptop", "NVL", "D", "MIG"}  # of the same name, with other figures
+# Model FLOPs utilization seen in published runs of the same card: lowest, taken by default, highest, where.
+_FOUNDRY = "mosaicml/llm-foundry, scripts/train/benchmarking/README.md, 2,048 tokens"
+_SMOLLM3 = "SmolLM3-3B on 384 H100: 0.29 (its training configuration, Hugging Face 2025)"
+MFU = {
+    "A100": (0.43, 0.50, 0.64, f"{_FOUNDRY}, MPT-125M to 7B: 0.44 to 0.64; TinyLlama-1.1B: 0.56 (its README)"),
+    "H100": (0.29, 0.40, 0.46, f"{_FOUNDRY}, MPT-760M to 7B: 0.35 to 0.46; {_SMOLLM3}"),
+    "H200": (0.29, 0.40, 0.46, "the H100's: the same cores"),
+    "": (0.29, 0.40, 0.64, "no published run on this card was found: between the H100's lowest and the A100's highest"),
+}
+
+
+def find(name):
+    """A device by the table's name, case and separators aside.
+
+    Raises:
+        ValueError: There is none of that name, or several could be meant.
+    """
+    wanted = name.lower().replace(" ", "-").replace("_", "-").removeprefix("nvidia-").removeprefix("geforce-")
+    exact = [device for device in DEVICES if device.name.lower() == wanted]
+    near = exact or [device for device in DEVICES if device.name.lower().replace("rtx-", "").startswith(wanted)]
+    if len(near) != 1:
+        choices = ", ".join(device.name for device in near) if near else f"{', '.join(NAMES)}, cpu"
+        raise ValueError(f"gpu = {name} is {'not one device' if near else 'not known'}: choose from {choices}.")
+    return near[0]
+
+
+def from_cuda_name(name, memory_bytes=None):
+    """The device that torch.cuda.get_device_name() names; its peak is None where the table does not have it."""
+    words = set(name.replace("-", " ").split())
+    for known_words, known in _CUDA_NAMES:
+        if set(known_words.split()) <= words and not words & _OTHER_CARDS:
+            device = find(known)
+            return device._replace(memory_bytes=memory_bytes or device.memory_bytes)
+    return Device(name, None, memory_bytes or 0.0, None, None, None, "not in the table")
+
+
+def this_device(device):
+    """The device of a torch.device: a GPU by its name, the CPU measured."""
+    if device.type != "cuda":
+        return measure_cpu()
+    import torch
+
+    return from_cuda_name(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)
+
+
+def measure_cpu(seconds=0.3):
+    """This machine's CPU: its bf16 matrix product measured here, its memory as the system says.
+
+    The rate is the best of several products of 1024 x 2048 x 2048, with the threads torch was given.
+    """
+    import torch
+
+    left, right = torch.randn(1024, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < seconds or best == float("inf"):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    source = f"measured here: bf16 matrix product, {torch.get_num_threads()} threads"
+    return Device("cpu", 2 * 1024 * 2048 * 2048 / best, float(memory), None, None, None, source)
+
+
+def default_mfu(device):
+    """(lowest, default, highest, source) of the utilization that published runs reached on such a device."""
+    return next(value for prefix, value in MFU.items() if device.name.startswith(prefix))
