@@ -83,7 +83,9 @@ def test_flops_are_those_of_a_real_forward_and_backward_within_2_percent(kind, f
     from torch.utils.flop_counter import FlopCounterMode
 
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # grouped products are not counted
-    config, batch, block = small(kind, **fields, **eager), 2, 128
+    if kind in counting.MIXTURES:
+        eager |= {"num_local_experts" if kind == "mixtral" else "num_experts": 4, "num_experts_per_tok": 2}
+    config, batch, block = small(kind, **{"num_hidden_layers": 2} | fields, **eager), 1, 64
     model = AutoModelForCausalLM.from_config(config).train()
     ids = torch.randint(0, config.vocab_size, (batch, block))
     with FlopCounterMode(display=False) as counter:
