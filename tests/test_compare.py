@@ -32,7 +32,7 @@ def compared(tmp_path_factory):
     (where / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     words = [f"random_init:{where}/run", f"{where}/run/checkpoint-5", f"released:{where}/run"]
     options = ["--data_files", f"texts={where}/texts.jsonl", "--prompts", f"{where}/prompts.txt", "--window", "32",
-               "--judge", f"{where}/run", *"--max_new_tokens 12 --rounds 2 --samples 3 --seed 3".split()]  # fmt: skip
+               "--judge", f"{where}/run", "--max_new_tokens=12", "--rounds=2", "--samples=3", "--seed=3"]  # fmt: skip
     compare.main([*words, *options, "--output_dir", str(where / "out")])
     with open(where / "out" / "comparison.csv", newline="") as file:
         rows = list(csv.DictReader(file))
