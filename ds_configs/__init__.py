@@ -30,8 +30,12 @@ def stand_alone():
     os.environ.update({key: str(value) for key, value in alone.items()})
 
 
-def check(args):
-    """Refuse what DeepSpeed or accelerate would silently replace (facts: 0.19.8, accelerate 1.15)."""
+def check(args, world=None):
+    """Refuse what DeepSpeed or accelerate would silently replace (facts: 0.19.8, accelerate 1.15).
+
+    Args:
+        world: Ranks; None takes the launcher's.
+    """
     if isinstance(args.deepspeed, str):
         try:
             config = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
@@ -56,7 +60,7 @@ def check(args):
             raise ValueError(
                 f"deepspeed = {args.deepspeed}: its {block!r} block would silently override {knob}. Take it out."
             )
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = world or int(os.environ.get("WORLD_SIZE", 1))
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     shared = {
         "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", micro),

@@ -1,0 +1,184 @@
+"""What a run will cost and whether it can work, before it starts.
+
+    python plan.py args.json [gpus=4 gpu=L4 price_per_gpu_hour=0.80 key=value ...] [--json]
+    python plan.py args.json gpus=4 gpu=L4 --claims claims.json
+    python plan.py --budget_flops 1e20 | --budget_gpu_hours 100 gpu=L4 | --tokens 10e9 [--write args.json]
+
+Needs no GPU, no text, and nothing of the Hub but a config. Without gpu=..., the plan is for this machine's CPU,
+whose rate is measured.
+"""
+
+import json
+import sys
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+if __package__:
+    from . import ds_configs
+    from .command_line import parse_args, read_json
+    from .planning import assemble, contradictions, counting, hardware, laws, report, scaling
+else:
+    import ds_configs
+    from command_line import parse_args, read_json
+    from planning import assemble, contradictions, counting, hardware, laws, report, scaling
+
+
+@dataclass
+class PlanArguments:
+    """For what devices, and at what price."""
+
+    gpu: str | None = field(default=None, metadata={"help": f"{', '.join(hardware.NAMES)}, or cpu: measured here."})
+    gpus: int = field(default=1, metadata={"help": "Devices in all."})
+    nodes: int = field(default=1, metadata={"help": "Machines they stand in."})
+    network_gbit_per_second: float = field(default=100.0, metadata={"help": "Between machines, each way."})
+    mfu: float | None = field(
+        default=None, metadata={"help": "Share of the dense bf16 peak; default: published runs'."}
+    )
+    price_per_gpu_hour: float | None = field(default=None, metadata={"help": "In any currency."})
+    hours: float | None = field(default=None, metadata={"help": "Hours the run may take: held against the peak."})
+    suggest: bool = field(default=False, metadata={"help": "The largest micro-batch, and the accumulation with it."})
+
+    def __post_init__(self):
+        for name in ("gpus", "nodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.gpus % self.nodes:
+            raise ValueError(f"gpus = {self.gpus} cannot be shared out over nodes = {self.nodes} evenly.")
+        for name in ("mfu", "price_per_gpu_hour", "hours", "network_gbit_per_second"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}.")
+        if self.mfu is not None and self.mfu > 1:
+            raise ValueError(f"mfu = {self.mfu} is a share of the peak: at most 1, e.g. mfu=0.4.")
+        if self.gpu is not None and self.gpu != "cpu":
+            hardware.find(self.gpu)
+
+
+def run_arguments():
+    """The classes of arguments.py; of the training's only the fields, since making one sets up devices and DeepSpeed.
+
+    Imported here because transformers, and with it torch, comes along (1 s).
+    """
+    if __package__:
+        from . import arguments
+    else:
+        import arguments
+    from typing import get_type_hints
+
+    hints = get_type_hints(arguments.PretrainArguments)
+    training = []
+    for each in fields(arguments.PretrainArguments):
+        if each.init:
+            default = {"default": each.default} if each.default is not MISSING else {}
+            default |= {"default_factory": each.default_factory} if each.default_factory is not MISSING else {}
+            training.append((each.name, hints[each.name], field(**default, metadata=each.metadata)))
+    return arguments.ModelArguments, arguments.DataArguments, make_dataclass("TrainingFields", training)
+
+
+def parse(argv):
+    """(values by name, PlanArguments) of the words of a command line.
+
+    Raises:
+        ValueError: As parse_args, and for what the plan must divide by.
+    """
+    *parsed, plan_args = parse_args(argv, (*run_arguments(), PlanArguments))
+    values = {each.name: getattr(part, each.name) for part in parsed for each in fields(part)}
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if values[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {values[name]}.")
+    return values, plan_args
+
+
+def deepspeed_config(values, ranks):
+    """(the DeepSpeed JSON's content or None, lines that say where it contradicts the arguments)."""
+    asked = values["deepspeed"]
+    if asked is None or (isinstance(asked, str) and asked.lower() in ("", "none", "null")):
+        return None, []
+    path = ds_configs.find(asked) if isinstance(asked, str) else asked
+    lines = []
+    try:
+        ds_configs.check(SimpleNamespace(**values | {"deepspeed": path, "use_cpu": False}), ranks)
+    except ValueError as error:
+        lines = [str(error)]
+    return read_json(path) if isinstance(path, str) else path, lines
+
+
+def plan_of(values, plan_args):
+    """(plan, device, lines about the DeepSpeed JSON) of parsed arguments."""
+    device = hardware.measure_cpu() if plan_args.gpu in (None, "cpu") else hardware.find(plan_args.gpu)
+    config = counting.load_config(values["model_name"], values["config_overrides"])
+    content, lines = deepspeed_config(values, plan_args.gpus)
+    plan = assemble.make(
+        config, values, device, ranks=plan_args.gpus, nodes=plan_args.nodes, extra=asdict(plan_args), deepspeed=content,
+        local=plan_args.gpu is None,
+    )  # fmt: skip
+    plan["contradictions"] = lines + plan["contradictions"]
+    return plan, device, config
+
+
+def budget_flops(flags, words):
+    """FLOPs of the budget that was given, in one of its three forms."""
+    if flags.budget_flops is not None:
+        return flags.budget_flops
+    if flags.tokens is not None:
+        return laws.flops_for_tokens(flags.tokens)
+    (plan_args,) = parse_args(words, (PlanArguments,))
+    device = hardware.measure_cpu() if plan_args.gpu in (None, "cpu") else hardware.find(plan_args.gpu)
+    mfu = plan_args.mfu or hardware.default_mfu(device)[1]
+    return flags.budget_gpu_hours * 3600 * device.peak_flops * mfu
+
+
+def advise(flags, words):
+    """Print or write what a budget buys."""
+    flops = budget_flops(flags, words)
+    if not 1e12 <= flops <= 1e27:
+        raise ValueError(f"{flops:.3g} FLOPs are outside what the laws were fitted for (1e12 to 1e27 are answered).")
+    advice = scaling.advise(flops)
+    print(json.dumps(advice, indent=2) if flags.json else "\n".join(scaling.lines(advice)))
+    if flags.write:
+        if Path(flags.write).exists():
+            raise ValueError(f"--write {flags.write}: the file exists. Name another, or remove it.")
+        Path(flags.write).write_text(json.dumps(advice["arguments"], indent=2) + "\n", encoding="utf-8")
+        print(f"written: {flags.write}. python plan.py {flags.write} says what it costs.", file=sys.stderr)
+
+
+def main(argv=None):
+    """Print the plan, the audit or the advice; exit status 2 and one line for what the user can mend."""
+    parser = ArgumentParser(prog="plan.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="args.json key=value", help=SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--claims", metavar="CLAIMS.json", help="hold a report's claims against arithmetic")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--budget_flops", type=float, metavar="FLOPS")
+    budget.add_argument("--budget_gpu_hours", type=float, metavar="HOURS")
+    budget.add_argument("--tokens", type=float, metavar="TOKENS")
+    parser.add_argument("--write", metavar="ARGS.json", help="with a budget: write the arguments of its optimum")
+    flags = parser.parse_intermixed_args(argv)
+    try:
+        if any(each is not None for each in (flags.budget_flops, flags.budget_gpu_hours, flags.tokens)):
+            return advise(flags, flags.words)
+        values, plan_args = parse(flags.words)
+        plan, device, config = plan_of(values, plan_args)
+        if flags.claims:
+            compute = counting.flops(config, values["block_size"])
+            claimed = read_json(flags.claims)
+            plan["claims"] = contradictions.claims(claimed, plan, compute, device, plan_args.gpus)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"plan.py: error: {' '.join(str(error).split())}\n")
+    if flags.json:
+        print(json.dumps(plan, indent=2))
+    else:
+        from rich.console import Console
+
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        report.show(plan, console)
+        for line in plan.get("claims", ()):
+            console.print(f"claim: {line}", style="bold red", highlight=False, soft_wrap=True)
+        if plan.get("claims") == []:
+            console.print("The claims agree with arithmetic.")
+    return None
+
+
+if __name__ == "__main__":
+    main()

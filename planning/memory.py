@@ -1,0 +1,241 @@
+"""Bytes a device holds while it trains: states to the byte, activations by formula, and the fullest moment.
+
+States follow DeepSpeed 0.19.8, bitsandbytes 0.50.2 and training/trainer.py's groups, activations the tensors that
+transformers 5.23's Llama saves for its backward; the tests walk the real ones. T stands for tokens of a micro-batch.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from . import counting
+
+CHUNK_LOGITS = 2**25  # as training/loss.py fills a chunk
+BLOCK, SMALLEST_8BIT = 256, 4096  # bitsandbytes: elements an absmax, elements below which the state stays 32-bit
+QMAPS = 2 * 256 * 4  # its two tables of quantized values, held once
+# {optim: (states an element, bits)}; a torch.optim state has a 4-byte step counter a tensor besides.
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "ademamix_8bit"), (2, 8)),
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "paged_adamw"), (2, 32)),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), (1, 8)),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop_bnb_32bit"), (1, 32)),
+    "sgd": (0, 32),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides the memory of a rank.
+
+    Attributes:
+        config: The model's config as a dict.
+        micro_batch, accumulation, ranks: Rows a forward, forwards a step, devices.
+        stage: ZeRO's, or None without DeepSpeed.
+        offload: Whether master weights and optimizer state live in the host's memory.
+        bucket: Elements of DeepSpeed's reduction buffer; overlap: whether there are two.
+        persistent: ZeRO-3 shares out no tensor of up to so many elements.
+        checkpointing: Whether layers are computed again in the backward.
+        attention: sdpa, eager or flash_attention_2.
+        packed: Whether attention stays inside a document, which costs sdpa and eager a mask.
+        loss: plain, chunked or liger; chunk: tokens of a chunk.
+        cuda: A GPU's allocator holds whole buffers; a CPU holds the pages that were written.
+    """
+
+    config: dict
+    block_size: int
+    micro_batch: int = 1
+    accumulation: int = 1
+    ranks: int = 1
+    stage: int | None = 2
+    offload: bool = False
+    bucket: int = 500_000_000
+    overlap: bool = True
+    persistent: int = 100_000
+    optim: str = "adamw_bnb_8bit"
+    bf16: bool = True
+    checkpointing: bool = True
+    attention: str = "sdpa"
+    packed: bool = True
+    loss: str = "chunked"
+    chunk: int | None = None
+    cuda: bool = True
+
+
+def groups(setup):
+    """{name: (tensors, bits of their state)} as the optimizer holds them."""
+    _, bits = OPTIMIZERS.get(setup.optim, (2, 32))
+    found = {"matrices": [], "embeddings": [], "norms": []}
+    for tensor in counting.weights(setup.config):
+        kind = "embeddings" if tensor.part == "embedding" and bits == 8 else "matrices" if tensor.decayed else "norms"
+        found[kind].append(tensor)
+    return {name: (tensors, bits if name == "matrices" else 32) for name, tensors in found.items() if tensors}
+
+
+def partition(tensors, ranks):
+    """Elements of a rank's share of a flat ZeRO-1 or ZeRO-2 group: padded so that each share is even."""
+    return ceil(sum(t.numel * t.count for t in tensors) / (2 * ranks)) * 2
+
+
+def shared_out(tensors, ranks):
+    """Elements of a rank's shares of a ZeRO-3 group: each tensor is split by itself."""
+    return sum(ceil(t.numel / ranks) * t.count for t in tensors)
+
+
+def _state_bytes(optim, numel, bits):
+    """Optimizer state of one tensor of numel elements, without what is held once."""
+    states, _ = OPTIMIZERS[optim]
+    if bits == 8 and numel >= SMALLEST_8BIT:
+        return states * (numel + 4 * ceil(numel / BLOCK))
+    counter = 4 if optim.startswith("adamw_torch") else 0
+    return states * 4 * numel + counter
+
+
+def states(setup):
+    """{part: bytes} of weights, master weights, gradients and optimizer state of one rank.
+
+    gradients are those in the compute dtype, gradients_fp32 what a step makes of them: all of them where tensors are
+    stepped together, the largest group's where DeepSpeed takes one group after the other.
+
+    Raises:
+        ValueError: An optimizer whose state is not known here.
+    """
+    if setup.optim not in OPTIMIZERS:
+        raise ValueError(f"optim = {setup.optim}: its state is not counted; counted are {', '.join(OPTIMIZERS)}.")
+    ranks, stage, grouped = setup.ranks, setup.stage, groups(setup)
+    total = counting.count(setup.config).total
+    if stage is None or not setup.bf16 or stage == 0:
+        each = [(t.numel, t.count, bits) for tensors, bits in grouped.values() for t in tensors]
+    else:
+        share = shared_out if stage == 3 else partition
+        each = [(share(tensors, ranks), 1, bits) for tensors, bits in grouped.values()]
+    optimizer = sum(_state_bytes(setup.optim, numel, bits) * count for numel, count, bits in each)
+    optimizer += QMAPS if OPTIMIZERS[setup.optim][1] == 8 and setup.optim != "sgd" else 0
+    mine = sum(numel * count for numel, count, _ in each)
+    largest = max(numel * count for numel, count, _ in each)
+    if stage is None or not setup.bf16:
+        return {"weights": 4 * total, "master": 0, "gradients": 4 * total, "gradients_fp32": 0, "optimizer": optimizer}
+    whole = 2 * total
+    if stage == 3:
+        kept = sum(t.numel * t.count for t in counting.weights(setup.config) if t.numel <= setup.persistent)
+        whole = 2 * mine + 2 * kept
+    elif stage:
+        whole = 2 * mine * ranks
+    return {
+        "weights": whole,
+        "master": 4 * mine,
+        "gradients": 2 * (mine if stage in (2, 3) else total),
+        "gradients_fp32": 4 * (mine if stage == 0 else largest),
+        "optimizer": optimizer,
+    }
+
+
+def buckets(setup):
+    """DeepSpeed's reduction buffers: whole ones on a GPU, on a CPU what gradients are written into them."""
+    if setup.stage not in (1, 2, 3) or not setup.bf16:
+        return 0
+    if setup.cuda:
+        return 2 * setup.bucket * (2 if setup.overlap else 1)
+    return 2 * min(setup.bucket, counting.count(setup.config).total)
+
+
+def layer_activations(setup):
+    """Bytes that one layer saves for its backward.
+
+    With H hidden, Q = heads * head size, I the MLP's width, e bytes an element of the compute dtype and T tokens:
+    the MLP 4eTI; two norms their float input and their normalized input; each linear layer its input; attention its
+    queries, keys, values and result. Autocast (no DeepSpeed) keeps the residual stream in float32 and casts a linear
+    layer's input once for each, and the weights once. A mask costs 2 S^2 a row, eager attention its probabilities.
+    """
+    config, tokens = setup.config, setup.micro_batch * setup.block_size
+    heads, kv_heads, size = counting.heads_of(config)
+    hidden, wide, narrow = config["hidden_size"], heads * size, kv_heads * size
+    element, autocast = (2 if setup.bf16 else 4), setup.bf16 and setup.stage is None
+    squares = setup.micro_batch * setup.block_size**2
+    inner = _inner(config)
+    if setup.loss == "liger":  # its norm keeps its input, its SwiGLU recomputes the activation
+        saved, mlp = 4 * element * tokens * hidden, 3 * element * tokens * inner
+    else:
+        norms = 2 * (4 + 4) if autocast else 2 * (4 + element)
+        inputs = 5 * element if autocast else 2 * element
+        saved, mlp = (norms + inputs) * tokens * hidden + 8 * tokens, 4 * element * tokens * inner
+    saved += mlp + 4 * tokens * heads
+    masked = setup.packed and setup.attention != "flash_attention_2"
+    saved += element * tokens * (4 * wide if masked or setup.attention == "eager" else 2 * wide + 2 * narrow)
+    if setup.attention == "eager":
+        saved += (4 + element) * heads * squares
+    elif masked:
+        saved += element * squares
+    if autocast:
+        kept = (
+            t.numel * t.count for t in counting.weights(config) if t.decayed and t.part not in ("embedding", "head")
+        )
+        saved += 2 * sum(kept) // config["num_hidden_layers"]
+    return saved
+
+
+def _inner(config):
+    """Width of the MLP a token passes: of a mixture, of the experts it is sent to."""
+    experts, used, size, mixed = counting.experts_of(config)
+    return used * size if experts and mixed else config["intermediate_size"]
+
+
+def activations(setup):
+    """Bytes saved by all layers and the final norm at the end of a forward."""
+    layers, tokens = setup.config["num_hidden_layers"], setup.micro_batch * setup.block_size
+    stream = 4 if setup.stage is None or not setup.bf16 else 2  # bytes of the residual stream
+    last = (4 + 2 * stream) * tokens * setup.config["hidden_size"]
+    if setup.checkpointing:
+        return layers * stream * tokens * setup.config["hidden_size"] + last
+    return layers * layer_activations(setup) + last
+
+
+def chunk_tokens(setup):
+    """Tokens whose logits exist at one time under the loss in chunks."""
+    default = max(1, CHUNK_LOGITS // setup.config["vocab_size"])
+    return min(setup.chunk or default, setup.micro_batch * setup.block_size)
+
+
+def loss_bytes(setup):
+    """The fullest moment of the loss: logits and their gradients, the head's gradient."""
+    vocab, hidden = setup.config["vocab_size"], setup.config["hidden_size"]
+    tokens, element = setup.micro_batch * setup.block_size, 2 if setup.bf16 else 4
+    if setup.loss == "plain":
+        # logits, the same in float32, its log-softmax and the gradient of that
+        return (element + 12 if setup.bf16 else 12) * tokens * vocab
+    # a chunk's logits in both dtypes, the head's gradient in float32 and one chunk's part of it
+    return (element + 4) * chunk_tokens(setup) * vocab + (4 + element) * vocab * hidden + element * tokens * hidden
+
+
+def peak(setup):
+    """{part: bytes} of the fullest moment of a rank; their sum is what the device must hold.
+
+    Three moments compete: the loss, when all activations live; the backward of the first layers, when the gradients
+    do; the optimizer's step, with its float32 gradients.
+    """
+    held = states(setup)
+    offloaded = setup.offload and setup.stage is not None
+    parts = {"weights": held["weights"]}
+    parts |= {} if offloaded else {"master": held["master"], "optimizer": held["optimizer"]}
+    carried = held["gradients"] if setup.accumulation > 1 else 0
+    working = layer_activations(setup) * 3 // 2  # a layer's own and the gradients that flow through it
+    moments = {
+        "loss": {"activations": activations(setup), "loss": loss_bytes(setup), "gradients": carried},
+        "backward": {
+            "activations": working if setup.checkpointing else layer_activations(setup),
+            "gradients": held["gradients"] * (2 if carried and setup.stage == 2 else 1),
+            "buckets": buckets(setup),
+        },
+        "step": {"gradients": held["gradients"] + (0 if offloaded else held["gradients_fp32"])},
+    }
+    name = max(moments, key=lambda moment: sum(moments[moment].values()))
+    if setup.cuda and buckets(setup):
+        moments[name].setdefault("buckets", 0)
+    return {part: size for part, size in (parts | moments[name]).items() if size} | {"moment": name}
+
+
+def checkpoint_bytes(setup):
+    """A checkpoint on disk, all ranks' files: bf16 weights, and master weights and optimizer state of every rank."""
+    held = states(setup)
+    weights = counting.count(setup.config).total * (2 if setup.bf16 and setup.stage is not None else 4)
+    shared = setup.ranks if setup.stage in (1, 2, 3) else 1
+    module = weights if setup.stage is not None else 0  # DeepSpeed writes the module once more beside its states
+    return weights + module + shared * (held["master"] + held["optimizer"])
