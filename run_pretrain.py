@@ -35,12 +35,14 @@ if __package__:
     from .command_line import parse_args
     from .data import corpus, packing, prepare, tokenization
     from .eval import perplexity
+    from .planning import start
     from .training import checkpoints, divergence, guards, loss, model, record, trainer
 else:
     from arguments import DataArguments, ModelArguments, PretrainArguments
     from command_line import parse_args
     from data import corpus, packing, prepare, tokenization
     from eval import perplexity
+    from planning import start
     from training import checkpoints, divergence, guards, loss, model, record, trainer
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
@@ -91,26 +93,24 @@ def choose_checkpoint(args, data_args, config, prepared_dir):
     return answer[0], same
 
 
-def write_start(parsed, prepared_dir):
-    """run.json before the first step: what was asked, with what, on which data."""
+def write_start(parsed, prepared_dir, config):
+    """run.json before the first step: what was asked, with what, on which data, and the plan, which is said too."""
     arguments = {}
     for part in parsed:
         values = part.to_dict() if hasattr(part, "to_dict") else dataclasses.asdict(part)
         names = {field.name for field in dataclasses.fields(part) if field.init and not field.name.endswith("_token")}
         arguments |= {name: value for name, value in values.items() if name in names}
+    planned, plan = start.plan(config.to_dict(), arguments, parsed[-1].device, parsed[-1].world_size)
+    say("\n".join(planned))
     manifest = prepare.Manifest.load(prepared_dir)
-    splits = manifest.splits
+    sums = {key: sum(split[key] for split in manifest.splits.values()) for key in ("documents", "tokens", "blocks")}
     record.write_run(
         arguments["output_dir"],
         arguments=arguments,
         versions=record.versions(),
         git_commit=record.git_commit(HERE),
-        data={
-            **{key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "blocks")},
-            "fingerprint": manifest.fingerprint,
-            "source": manifest.source,
-            "splits": splits,
-        },
+        plan=plan,
+        data=sums | {"fingerprint": manifest.fingerprint, "source": manifest.source, "splits": manifest.splits},
     )
 
 
@@ -312,7 +312,7 @@ def main(argv=None):
         fail(error)
     checkpoint, same = choose_checkpoint(args, data_args, config, prepared_dir)
     if RANK == 0:
-        write_start(arguments, prepared_dir)
+        write_start(arguments, prepared_dir, config)
     if args.deepspeed and args.use_cpu and not list(Path(get_default_build_root()).glob("*/deepspeed_shm_comm/*.so")):
         say("DeepSpeed builds its extension for CPUs now, once: about half a minute.")
     try:

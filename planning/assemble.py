@@ -8,8 +8,6 @@ from pathlib import Path
 
 from . import contradictions, cost, counting, memory
 
-LIGER_OR_CHUNKS = {True: "liger", False: "chunked"}
-
 
 def make(config, values, device, *, ranks=1, nodes=1, extra=None, deepspeed=None, local=False):
     """Count, weigh, time and check a run.
@@ -32,8 +30,9 @@ def make(config, values, device, *, ranks=1, nodes=1, extra=None, deepspeed=None
     plan = {
         "model": _model(config, values, counted),
         "data": _data(values, setup, counted.total),
-        "devices": {"name": device.name, "ranks": ranks, "nodes": nodes, "source": device.source},
+        "devices": {"name": device.name, "ranks": ranks, "nodes": nodes, "peak_flops": device.peak_flops},
     }
+    plan["devices"]["source"] = device.source
     plan["compute"] = _compute(plan, flops, setup)
     plan["memory"] = _memory(setup, device, extra.get("suggest"))
     plan["time"] = _time(plan, flops, setup, device, extra, nodes)

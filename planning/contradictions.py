@@ -21,12 +21,12 @@ def steps_and_data(plan, values):
         share = tokens / plan["model"]["total"]
         if share < 1:
             lines.append(
-                f"{tokens:,} tokens for {plan['model']['total']:,} parameters are {share:.2f} a parameter, under 1; "
+                f"{tokens:,} tokens for {plan['model']['total']:,} parameters are {share:.2g} a parameter, under 1; "
                 f"compute-optimal is about {laws.TOKENS_PER_PARAMETER} (Hoffmann et al. 2022, table 3)."
             )
     epochs = plan["data"]["epochs"]
     if epochs is not None and epochs < 0.995:
-        lines.append(f"the run sees {epochs:.0%} of the prepared set: fewer than one epoch.")
+        lines.append(f"the run sees {epochs:.2%} of the prepared set: fewer than one epoch.")
     if epochs is not None and epochs > laws.EPOCHS:
         lines.append(
             f"the run sees the prepared set {epochs:.1f} times: beyond {laws.EPOCHS} passes repeated text gives little "
@@ -41,7 +41,7 @@ def steps_and_data(plan, values):
 def learning_rate(plan, values):
     """A line where the learning rate is FAR outside what every law here says for this size and compute."""
     flops = plan["compute"]["flops"]
-    if not flops:
+    if not flops or flops < laws.FITTED_FROM:
         return []
     said = [laws.deepseek(flops), laws.olmo_ladder(plan["model"]["non_embedding"])]
     rates, rate = sorted(advice.learning_rate for advice in said), values["learning_rate"]
@@ -51,8 +51,8 @@ def learning_rate(plan, values):
     return [
         f"learning_rate = {rate:g} is more than {FAR} times outside {rates[0]:.1e} to {rates[1]:.1e}, which DeepSeek "
         f"LLM's law (arXiv 2401.02954, equation 1) and OLMo's ladder (arXiv 2412.04403) say for {flops:.1e} FLOPs and "
-        f"{plan['model']['non_embedding']:,} non-embedding parameters, at {batches[0]:,.0f} to {batches[1]:,.0f} tokens "
-        f"a step; here a step takes {plan['data']['tokens_a_step']:,}."
+        f"{plan['model']['non_embedding']:,} non-embedding parameters, at {batches[0]:,.0f} to {batches[1]:,.0f} "
+        f"tokens a step; here a step takes {plan['data']['tokens_a_step']:,}."
     ]
 
 

@@ -19,6 +19,7 @@ REFIT = Fit(1.8172, 482.01, 2085.43, 0.3478, 0.3658, "Besiroglu et al. 2024 (arX
 TOKENS_PER_PARAMETER = (
     20  # Hoffmann et al. 2022, table 3: 8.0B tokens for 400M parameters, 20.2B for 1B, 205.1B for 10B
 )
+FITTED_FROM = 1e17  # FLOPs: the least of the runs behind the laws of batch and learning rate below
 EPOCHS = 4  # Muennighoff et al. 2023 (arXiv 2305.16264): up to 4 passes are nearly as good as new text
 
 

@@ -1,6 +1,11 @@
 """What run_pretrain.py asks before its first step."""
 
-from . import counting, hardware
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from . import assemble, counting, hardware, report
 
 
 def utilization_terms(config, block_size, device):
@@ -21,3 +26,29 @@ def utilization_terms(config, block_size, device):
         "peak_flops": found.peak_flops,
         "device": found.name,
     }
+
+
+def plan(config, values, device, ranks):
+    """The plan of a run for the machine it is on.
+
+    Args:
+        config: The model's config as a dict.
+        values: The run's arguments by name, JSON values.
+        device: The torch.device of this rank.
+        ranks: Ranks in all.
+
+    Returns:
+        (lines to print, plan for run.json); without a plan, the one line says why.
+    """
+    asked, local = values["deepspeed"], int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    deepspeed = json.loads(Path(asked).read_text(encoding="utf-8")) if isinstance(asked, str) else asked
+    if values["attn_implementation"] == "auto" and find_spec("flash_attn") is None:
+        values = values | {"attn_implementation": "sdpa"}
+    found = hardware.this_device(device)
+    if found.name == "cpu":
+        found = found._replace(memory_bytes=found.memory_bytes / local)  # the ranks of a machine share it
+    try:
+        made = assemble.make(config, values, found, ranks=ranks, nodes=ranks // local, deepspeed=deepspeed, local=True)
+    except ValueError as error:
+        return [f"plan: none: {error}"], None
+    return report.lines(made), made
