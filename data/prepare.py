@@ -3,8 +3,6 @@
 python data/prepare.py [prepare.json] [key=value ...]       --help lists the keys
 """
 
-import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -13,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,9 +28,10 @@ from .corpus import is_validation
 from .documents import Documents, MixedDocuments
 from .encoding import Disagreement, Encoder, check_backend
 from .feed import Feed, Limits, Source
-from .manifest import Manifest, check_identity, verify
+from .manifest import Manifest, verify
 from .mixing import Mixture
 from .packing import check_packing, make_packer
+from .partial import TOKENIZERS_ONLY, in_use, open_partial, prepared_already
 from .progress import Progress
 from .readers import Rows
 from .tokenization import token_dtype, tokenizer_hash, vocabulary_size
@@ -55,11 +54,19 @@ class Work:
     @property
     def fallen_back(self) -> Path:
         """Stands there once tokie disagreed in the middle: what it had encoded is done again by `tokenizers`."""
-        return self.directory / "tokenizers-only"
+        return self.directory / TOKENIZERS_ONLY
 
     def write(self, numbers: Iterable[int], progress: Progress) -> None:
         """Write these parts; the whole of what this worker did is done again where tokie disagrees on the way."""
         numbers = list(numbers)
+        try:
+            self.write_once(numbers, progress)
+        except Disagreement as error:
+            progress.say(f"tokenizer: from the start again with `tokenizers` itself, not the faster tokie: {error}.")
+            self.write_once(numbers, progress)
+
+    def write_once(self, numbers: list[int], progress: Progress) -> None:
+        """Write these parts. Raises Disagreement where tokie disagrees on the way; the next time does without it."""
         backend = "tokenizers" if self.fallen_back.exists() else self.tokenizer_backend
         encode = Encoder(self.tokenizer, backend, progress.say)
         if backend != self.tokenizer_backend:
@@ -70,9 +77,8 @@ class Work:
         except Disagreement as error:
             if self.tokenizer_backend == "tokie":
                 raise ValueError(f"tokenizer_backend tokie cannot serve: {error}; set it to auto.") from None
-            progress.say(f"tokenizer: from the start again with `tokenizers` itself, not the faster tokie: {error}.")
             shards.write_json(self.fallen_back, str(error))
-            self.write(numbers, progress)
+            raise
 
     def _forget(self, numbers: Iterable[int]) -> None:
         for number in numbers:
@@ -151,8 +157,6 @@ def prepare(
             a damaged one in prepared_dir.
         OSError: The disk is full or cannot be written.
     """
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}.")
     if not 0 <= shard_index < num_shards:
         raise ValueError(f"shard_index must be at least 0 and below num_shards = {num_shards}, got {shard_index}.")
     limits, cleaning = Limits(max_documents, max_tokens), Cleaning(**(cleaning or {}))
@@ -161,22 +165,11 @@ def prepare(
         raise ValueError(
             "max_documents, max_tokens, deduplicate and mixture look at one stream of documents: set num_shards to 1."
         )
-    check_packing(packing)
-    manifest = Manifest(
-        source=source,
-        validation_fraction=validation_fraction,
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        vocab_size=vocabulary_size(tokenizer),
-        block_size=block_size,
-        packing=packing,
-        options={name: value for name, value in asdict(limits).items() if value is not None} | cleaning.describe(),
-        versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
-    )
-    make_packer(block_size, packing, manifest.eos_token_id)  # its checks, before a directory is made
+    options = {name: value for name, value in asdict(limits).items() if value is not None} | cleaning.describe()
+    manifest = plan(tokenizer, block_size, source, validation_fraction, packing, options)
     check_backend(tokenizer_backend)
     target = Path(os.path.realpath(prepared_dir))
-    if (found := _prepared_already(target, manifest)) is not None:
+    if (found := prepared_already(target, manifest)) is not None:
         return found
     if source is None:
         raise ValueError(f"{prepared_dir} is not a prepared set; name the text to prepare it from.")
@@ -186,7 +179,7 @@ def prepare(
         Cleaner(cleaning)  # its checks, before a directory is made
     parts = [documents] if one_part else documents.parts()
     work = Work(open_partial(target, manifest), parts, tokenizer, manifest, tokenizer_backend, limits, cleaning)
-    with _in_use(work.directory):
+    with in_use(work.directory):
         if not only_merge:
             _write_parts(work, shard_index, num_shards, num_proc, Progress(progress, documents.bytes, say))
         if num_shards > 1 and not only_merge:
@@ -196,18 +189,25 @@ def prepare(
         return merge(work.directory, target, len(parts), manifest)
 
 
-@contextlib.contextmanager
-def _in_use(work: Path) -> Iterator[None]:
-    """Remove a partial set that holds nothing to go on from, unless another process is at it."""
-    with open(work / "in-use.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        try:
-            yield
-        finally:
-            if work.exists() and not list(work.glob("shard-*.json")):
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(work)
+def plan(
+    tokenizer, block_size: int, source: dict | None, validation_fraction: float, packing: str, options: dict
+) -> Manifest:
+    """Return the manifest of a set to be made: what decides its tokens. Raises ValueError: a bad argument."""
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}.")
+    check_packing(packing)
+    make_packer(block_size, packing, tokenizer.eos_token_id)  # its checks, before a directory is made
+    return Manifest(
+        source=source,
+        validation_fraction=validation_fraction,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        vocab_size=vocabulary_size(tokenizer),
+        block_size=block_size,
+        packing=packing,
+        options=options,
+        versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+    )
 
 
 def _write_parts(work: Work, shard_index: int, num_shards: int, num_proc: int, progress: Progress) -> None:
@@ -241,7 +241,7 @@ def merge(work: Path, target: Path, parts: int, manifest: Manifest) -> Manifest:
     if missing:
         named = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise ValueError(f"{len(missing)} of {parts} parts of {target} are not finished ({named}): prepare them first.")
-    if (work / "tokenizers-only").exists():
+    if (work / TOKENIZERS_ONLY).exists():
         for number in range(parts):
             if any(record["backend"] != "tokenizers" for record in shards.records(work, number)):
                 raise ValueError(f"part {number} of {target} was encoded by tokie, which disagreed: prepare it again.")
@@ -250,33 +250,6 @@ def merge(work: Path, target: Path, parts: int, manifest: Manifest) -> Manifest:
     except ValueError:
         shutil.rmtree(work)
         raise
-
-
-def open_partial(target: Path, manifest: Manifest) -> Path:
-    """Make the directory of a set in the making, or find one of the same identity; refuse another's."""
-    work = target.with_name(f".{target.name}.partial")
-    (work / "set").mkdir(parents=True, exist_ok=True)
-    path = work / "identity.json"
-    if path.exists():
-        held = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-        check_identity(held, manifest, work)
-    else:
-        shards.write_json(path, {key: value for key, value in asdict(manifest).items() if key != "reused"})
-    return work
-
-
-def _prepared_already(target: Path, wanted: Manifest) -> Manifest | None:
-    """Return the manifest of a whole set of this identity, None if there is nothing; refuse anything else."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return None
-    found = Manifest.load(target)
-    if wanted.source is None:
-        wanted = replace(wanted, source=found.source, options=wanted.options or found.options)
-    check_identity(found, wanted, target)
-    verify(target)
-    found.reused = True
-    shutil.rmtree(target.with_name(f".{target.name}.partial"), ignore_errors=True)  # killed just after its rename
-    return found
 
 
 def load_blocks(prepared_dir: str | os.PathLike, split: str):

@@ -1,0 +1,60 @@
+"""Partial: the directory of a set in the making, beside its place, and what may be done with it."""
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from .manifest import Manifest, check_identity, verify
+from .shards import write_json
+
+TOKENIZERS_ONLY = "tokenizers-only"  # there once tokie disagreed on the way: `tokenizers` does all of it again
+
+
+def partial_of(target: Path) -> Path:
+    """Return where a set is made before it is renamed to its place."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def open_partial(target: Path, manifest: Manifest) -> Path:
+    """Make the directory of a set in the making, or find one of the same identity; refuse another's."""
+    work = partial_of(target)
+    (work / "set").mkdir(parents=True, exist_ok=True)
+    path = work / "identity.json"
+    if path.exists():
+        held = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        check_identity(held, manifest, work)
+    else:
+        write_json(path, {key: value for key, value in asdict(manifest).items() if key != "reused"})
+    return work
+
+
+def prepared_already(target: Path, wanted: Manifest) -> Manifest | None:
+    """Return the manifest of a whole set of this identity, None if there is nothing; refuse anything else."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return None
+    found = Manifest.load(target)
+    if wanted.source is None:
+        wanted = replace(wanted, source=found.source, options=wanted.options or found.options)
+    check_identity(found, wanted, target)
+    verify(target)
+    found.reused = True
+    shutil.rmtree(partial_of(target), ignore_errors=True)  # killed just after its rename
+    return found
+
+
+@contextlib.contextmanager
+def in_use(work: Path) -> Iterator[None]:
+    """Remove a partial set that holds nothing to go on from, unless another process is at it."""
+    with open(work / "in-use.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            if work.exists() and not any(work.glob("shard-*.json")) and not (work / TOKENIZERS_ONLY).exists():
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(work)
