@@ -50,10 +50,12 @@ def commit(hub, tmp_path_factory):
 
 def prepare(hub, launch, home, recipe, *words):
     """Run a recipe, shrunk by the words; returns its manifest, its set's tokenizer, and the files that were read."""
+    given = json.loads((ROOT / "configs" / recipe).read_text(encoding="utf-8"))
+    assert all(int(word.split("=")[1]) < given[word.split("=")[0]] for word in words)
     before = hub.downloads(CORPUS)
     command = ("python", ROOT / "data" / "prepare.py", ROOT / "configs" / recipe)
     launch(*command, *words, "block_size=64", "validation_fraction=0.05", cwd=home, **hub.environment(home / "hf"))
-    directory = home / json.loads((ROOT / "configs" / recipe).read_text())["prepared_dir"]
+    directory = home / given["prepared_dir"]
     read = {path for path in hub.downloads(CORPUS) - before if path.endswith(".parquet")}
     return verify(directory, sha256=True), load_tokenizer(str(directory / "tokenizer")), read
 
