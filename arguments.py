@@ -19,6 +19,7 @@ else:
     import ds_configs
     from data.arguments import CorpusArguments, one_of
 
+STREAM_DOCUMENTS = 20_000  # at 2 kB each 40 MB of text: seconds to prepare, 100 held out at the default fraction
 KEPT_BY_RESUME = (
     *("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "max_grad_norm"),
     *("learning_rate", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
@@ -82,6 +83,24 @@ class DataArguments(CorpusArguments):
         default=None,
         metadata={"help": "Where the packed set is, or is written. Default: output_dir/prepared."},
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.trains_from_stream and self.prepared_dir is not None:
+            raise ValueError(
+                f"prepared_dir = {self.prepared_dir} would not be read: streaming = true trains straight from the "
+                "text. Leave one of them out, or bound the stream with max_documents or max_tokens to prepare it."
+            )
+
+    @property
+    def trains_from_stream(self):
+        """Whether no set is prepared; a stream with an end is prepared like any other text."""
+        return self.streaming and self.max_documents is None and self.max_tokens is None
+
+    @property
+    def first_of_stream(self):
+        """What bounds the set that stands in for a stream: its held-out documents and its unigram model."""
+        return {"max_documents": STREAM_DOCUMENTS} if self.trains_from_stream else {}
 
 
 @dataclass

@@ -33,14 +33,14 @@ from transformers.trainer_utils import IntervalStrategy
 if __package__:
     from .arguments import DataArguments, ModelArguments, PretrainArguments
     from .command_line import parse_args
-    from .data import corpus, packing, prepare, tokenization
+    from .data import corpus, packing, prepare, stream, tokenization
     from .eval import perplexity
     from .planning import start
     from .training import checkpoints, divergence, guards, loss, model, record, trainer
 else:
     from arguments import DataArguments, ModelArguments, PretrainArguments
     from command_line import parse_args
-    from data import corpus, packing, prepare, tokenization
+    from data import corpus, packing, prepare, stream, tokenization
     from eval import perplexity
     from planning import start
     from training import checkpoints, divergence, guards, loss, model, record, trainer
@@ -76,6 +76,7 @@ def choose_checkpoint(args, data_args, config, prepared_dir):
     architecture = {key: value for key, value in config.to_diff_dict().items() if key not in NOT_ARCHITECTURE}
     same |= {f"config {key}": value for key, value in architecture.items()} | args.kept_by_resume()
     same["intra_document_masking"] = data_args.intra_document_masking
+    same["ranks of the stream"] = args.world_size if data_args.trains_from_stream else None
     answer = [None, 0, ""]
     if RANK == 0:
         try:
@@ -150,7 +151,7 @@ def prepare_data(model_args, data_args, args, config):
         prepared_dir,
         source=None if as_it_is else corpus.describe_source(**data_args.source),
         progress=not args.disable_tqdm,
-        **data_args.preparing,
+        **data_args.preparing | data_args.first_of_stream,
     )
     tokenizer.save_pretrained(args.output_dir)
     say(f"data: {describe_set(manifest)}{', found in' if manifest.reused else ', written to'} {prepared_dir}.")
@@ -167,14 +168,41 @@ def describe_set(manifest):
     return "; ".join(parts)
 
 
-def load_sets(data_args, args, prepared_dir):
+def open_stream(data_args, args, tokenizer, a_step):
+    """The training rows of this rank, read, encoded and packed as the run goes."""
+    args.train_sampling_strategy = "sequential"
+    return stream.open_stream(
+        corpus.read_documents(**data_args.reading),
+        tokenizer,
+        data_args.block_size,
+        data_args.preparing["cleaning"],
+        length=args.max_steps * a_step,
+        micro_batch=args.per_device_train_batch_size,
+        rank=RANK,
+        world_size=args.world_size,
+        packing=data_args.packing,
+        validation_fraction=data_args.validation_fraction,
+        seed=args.seed,
+    )
+
+
+def load_sets(data_args, args, tokenizer, prepared_dir):
     """Training rows and the held-out rows that are scored during training.
 
     Raises:
-        ValueError: Fewer rows than one step takes.
+        ValueError: Fewer rows than one step takes; a stream without an end.
     """
-    train = prepare.load_blocks(prepared_dir, "train")
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if data_args.trains_from_stream and (args.max_steps < 1 or args.dataloader_num_workers):
+        raise ValueError(
+            f"streaming = true needs max_steps (now {args.max_steps}), as a stream has no end, and "
+            f"dataloader_num_workers = 0 (now {args.dataloader_num_workers}), as it reads ahead by itself; or take a "
+            "part of it with max_documents or max_tokens."
+        )
+    if data_args.trains_from_stream:
+        train = open_stream(data_args, args, tokenizer, a_step)
+    else:
+        train = prepare.load_blocks(prepared_dir, "train")
     if len(train) < a_step:
         raise ValueError(
             f"one step takes {a_step} rows (per_device_train_batch_size {args.per_device_train_batch_size} x "
@@ -305,12 +333,14 @@ def main(argv=None):
         config = model.load_config(model_args.model_name, model_args.config_overrides)
         model.choose_attention(model_args.attn_implementation, args.device, config)
         tokenizer, prepared_dir = prepare_data(model_args, data_args, args, config)
-        sets = load_sets(data_args, args, prepared_dir)
+        sets = load_sets(data_args, args, tokenizer, prepared_dir)
     except (ValueError, OSError) as error:
         if debug:
             raise
         fail(error)
     checkpoint, same = choose_checkpoint(args, data_args, config, prepared_dir)
+    if checkpoint and data_args.trains_from_stream:
+        sets[0].load_state(checkpoint)
     if RANK == 0:
         write_start(arguments, prepared_dir, config)
     if args.deepspeed and args.use_cpu and not list(Path(get_default_build_root()).glob("*/deepspeed_shm_comm/*.so")):

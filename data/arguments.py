@@ -32,7 +32,13 @@ class CorpusArguments:
         },
     )
     mixture_seed: int = field(default=0, metadata={"help": "Another seed, another order of a mixture's documents."})
-    streaming: bool = field(default=False, metadata={"help": "Read a Hub dataset as it comes, nothing kept on disk."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read text as it comes, nothing of it kept on the disk. A run trains straight from it (max_steps "
+            "says how long), unless max_documents or max_tokens bound it: then a set is prepared."
+        },
+    )
     bad_rows: str = field(
         default="error", metadata={"help": "error stops at a row that is no text; skip passes it over and counts it."}
     )

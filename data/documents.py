@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -88,11 +88,12 @@ class Documents:
                 held = 0
             parts[-1].append(piece)
             held += piece.bytes or 0
-        return [self._part(part) for part in parts]
+        return [self.over(part) for part in parts]
 
-    def _part(self, part: list) -> "Documents":
+    def over(self, readers: list) -> "Documents":
+        """Return the documents of these readers, judged alike."""
         made = copy.copy(self)
-        made.readers, made.documents, made.tally, made._iterator = part, 0, Tally(), None
+        made.readers, made.documents, made.tally, made._iterator = readers, 0, Tally(), None
         return made
 
     def batches(self, position: list | None, tally: Tally) -> Iterator[Batch]:
@@ -150,6 +151,10 @@ class MixedDocuments:
     seed: int = 0
 
     bytes = None  # how much of each source is read shows only on the way
+
+    def over(self, sources: list[Documents]) -> "MixedDocuments":
+        """Return the same mixture of other documents, source by source."""
+        return replace(self, sources=sources)
 
     def __iter__(self) -> Iterator[str]:
         """Yield texts by the same shares, of characters; what trains a tokenizer."""

@@ -142,6 +142,9 @@ class PretrainTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             args.save_total_limit = limit
+        if hasattr(self.train_dataset, "save_state"):  # a stream: where this rank has come to
+            a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            self.train_dataset.save_state(directory, self.state.global_step * a_step)
         checkpoints.commit(
             directory,
             args.process_index,
