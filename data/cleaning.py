@@ -68,7 +68,7 @@ class Cleaner:
     def __call__(self, texts: list[str], counts: dict[str, int]) -> tuple[list[str], list[Dropped]]:
         """Return the texts that stay and the contaminated ones; counts gains how many were left out for what."""
         kept, contaminated = [], []
-        for text in texts:
+        for text in map(str, texts):
             reason = self._length(text)
             if reason is None and self._filters:
                 text, reason = self._filter(text)
@@ -175,6 +175,7 @@ class Seen:
 
     def is_new(self, text: str) -> bool:
         """Tell whether a text is the first of its kind, and remember it."""
+        text = str(text)
         plain = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
         digest = blake2b(" ".join(plain.split()).encode("utf-8", "surrogatepass"), digest_size=8).digest()
         number = int.from_bytes(digest, "big", signed=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from .arguments import SOURCE
 from .builtin import builtin_documents
 from .documents import Documents, MixedDocuments, one_line
+from .long_text import LONG_BYTES, LongText
 from .manifest import describe_file
 from .readers import JSON_LINES, ROWS_PER_READ, JsonLines, Parquet, Rows, Stream
 
@@ -146,7 +147,9 @@ def _file_reader(path: str, text_column: str):
     return reader
 
 
-def _whole_text(path: str) -> list[str]:
+def _whole_text(path: str) -> list[str | LongText]:
+    if os.path.getsize(path) > LONG_BYTES:
+        return [LongText(Path(path).read_bytes())]
     with open(path, encoding="utf-8", newline="") as file:
         return [file.read()]
 

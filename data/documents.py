@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from . import readers
+from .long_text import LongText
 from .readers import Damaged
 
 BAD_ROWS = ("error", "skip")
@@ -21,7 +22,7 @@ MOST_PARTS = 1024  # a set's parts grow beyond this, so that a manifest stays sh
 class Batch:
     """Texts, none blank, all UTF-8; `position` is where the part's reading goes on after them."""
 
-    texts: list[str]
+    texts: list[str | LongText]
     position: list
 
 
@@ -43,7 +44,7 @@ class Documents:
         bad_rows: "error" stops at a row that is no text (a number, bytes, a lone surrogate, no JSON), naming it;
             "skip" counts it.
         tally: What was passed over so far, by this object's own iteration.
-        documents: Documents given out so far, by this object's own iteration.
+        documents: Texts given out so far, by this object's own iteration, which gives a long one in pieces.
 
     Raises ValueError while iterating: a bad row, a damaged file; names the source and the row, counted from 1.
     """
@@ -73,7 +74,12 @@ class Documents:
 
     def __next__(self) -> str:
         if self._iterator is None:
-            self._iterator = (text for batch in self.batches(None, self.tally) for text in batch.texts)
+            self._iterator = (
+                piece
+                for batch in self.batches(None, self.tally)
+                for text in batch.texts
+                for piece in ([text] if isinstance(text, str) else text.pieces())
+            )
         text = next(self._iterator)
         self.documents += 1
         return text
@@ -110,6 +116,7 @@ class Documents:
                 if size >= readers.READ_BYTES:
                     yield Batch(texts, here)
                     texts, size = [], 0
+                del values, found  # long texts must be gone before the next one is read
             within = None
         if texts:
             yield Batch(texts, here)
@@ -119,7 +126,7 @@ class Documents:
         for index, value in enumerate(values):
             if isinstance(value, str) and value.isascii() and not value.isspace() and value:
                 texts.append(value)
-            elif value is None or (isinstance(value, str) and (not value or value.isspace())):
+            elif _is_blank(value):
                 tally.skipped += 1
             elif (problem := _problem(value)) is None:
                 texts.append(value)
@@ -191,6 +198,7 @@ def _readable(reader, position) -> Iterator[tuple[list, object, object]]:
         for values, after in reader.read(position):
             yield values, at, after
             at = after
+            del values
     except Exception as error:  # pyarrow, pandas, zlib, gzip, fsspec and datasets each raise their own
         try:
             row = reader.row(at, -1)
@@ -200,10 +208,18 @@ def _readable(reader, position) -> Iterator[tuple[list, object, object]]:
         raise ValueError(f"{reader.name}: {reason}; repair it or leave it out.") from error
 
 
+def _is_blank(value) -> bool:
+    if isinstance(value, LongText):
+        return value.is_blank
+    return value is None or (isinstance(value, str) and (not value or value.isspace()))
+
+
 def _problem(value) -> str | None:
     """Say what keeps a value from being a document, None if nothing does."""
     if isinstance(value, Damaged):
         return f"cannot be read ({value.reason.rstrip('.')}); repair it"
+    if isinstance(value, LongText):
+        return None
     if not isinstance(value, str):
         kind = type(value).__name__
         return f"is {kind} {str(value)[:40]!r}, not text; name another text_column or convert the column to strings"

@@ -15,6 +15,7 @@ import orjson
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .arguments import BACKENDS
+from .long_text import LongText
 from .tokenization import plain_backend, token_dtype
 
 CHECKED_FIRST = 2**18  # characters of the corpus compared before anything is written
@@ -90,7 +91,7 @@ class Encoder:
             self._check([texts[self._batches * 7919 % len(texts)][:CHECKED_SLICE]])
         if len(texts) > 1 and max(map(len, texts)) <= LONG:
             return self._with_ends(*self._encode(texts))
-        parts = [self._with_ends(*part) for part in self._one_by_one(texts)]
+        parts = list(self._one_by_one(texts))
         if len(parts) == 1:
             return parts[0]
         none = np.empty(0, dtype=self._dtype), np.empty(0, dtype=np.int64)
@@ -159,21 +160,23 @@ class Encoder:
         return (np.concatenate(ids) if ids else np.empty(0, dtype=np.uint32)), lengths
 
     def _one_by_one(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Encode the short texts between long ones together, and each long one in pieces."""
+        """Encode the short texts between long ones together, and each long one in pieces; EOS after each."""
         short = []
         for text in texts:
             if len(text) <= LONG:
                 short.append(text)
                 continue
             if short:
-                yield self._encode(short)
+                yield self._with_ends(*self._encode(short))
                 short = []
-            ids = np.concatenate([self._encode([piece])[0].astype(self._dtype) for piece in self._pieces(text)])
+            pieces = [self._encode([piece])[0].astype(self._dtype) for piece in self._pieces(text)]
+            ids = np.concatenate([*pieces, np.array([self._eos], dtype=self._dtype)])
+            del pieces  # of a document of hundreds of megabytes
             yield ids, np.array([len(ids)])
         if short:
-            yield self._encode(short)
+            yield self._with_ends(*self._encode(short))
 
-    def _pieces(self, text: str) -> Iterator[str]:
+    def _pieces(self, text: str | LongText) -> Iterator[str]:
         """Cut between a letter and white space, where every pre-tokenizer of GPT-2's kind cuts; whole where it fails.
 
         Whether this tokenizer does is seen once, on the first long text: cut at every such place, same ids.
@@ -183,7 +186,17 @@ class Encoder:
             bits = [sample[start:end] for start, end in _cuts(sample, 64)]
             whole, _ = self._encode_truth([sample])
             self._cuttable = len(bits) > 1 and np.array_equal(self._encode_truth(bits)[0], whole)
-        return (text[start:end] for start, end in (_cuts(text, LONG) if self._cuttable else [(0, len(text))]))
+        if not self._cuttable:
+            yield str(text)
+            return
+        held = ""
+        for piece in [text] if isinstance(text, str) else text.pieces():
+            held += piece
+            bounds = list(_cuts(held, LONG))
+            for start, end in bounds[:-1]:
+                yield held[start:end]
+            held = held[bounds[-1][0] :]
+        yield held
 
     def _with_ends(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Put EOS after each document."""

@@ -92,6 +92,7 @@ class Source:
             encoded = Encoded(texts, *self._encode(texts), dropped=dropped)
             self._position = batch.position
             yield encoded
+            del batch, texts, encoded  # long texts must be gone before the next one is read
 
     def count_duplicates(self, number: int) -> None:
         if number:
@@ -154,6 +155,7 @@ class Feed:
             return
         for batch in self._source:
             yield self._bound(batch)
+            del batch
             if self.full:
                 return
 

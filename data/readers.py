@@ -14,6 +14,8 @@ from typing import Any
 
 import orjson
 
+from .long_text import LONG_BYTES, LongText
+
 READ_BYTES = 4 * 2**20  # read at a time: enough text for all cores, little memory
 ROWS_PER_READ = 256  # where a row's size is not known
 JSON_LINES = (".jsonl", ".jsonl.gz")
@@ -38,8 +40,37 @@ def parse_line(line: bytes, column: str) -> Any:
     return row.get(column) if isinstance(row, dict) else Damaged(f"it holds a {type(row).__name__}, not an object")
 
 
+def parse_long_line(line: bytes, column: str) -> Any:
+    """Return a long JSON line's value, a text as LongText: Arrow unescapes it without a str."""
+    import pyarrow
+    import pyarrow.json
+
+    options = pyarrow.json.ParseOptions(
+        explicit_schema=pyarrow.schema([(column, pyarrow.large_string())]), unexpected_field_behavior="ignore"
+    )
+    try:
+        reading = pyarrow.json.ReadOptions(use_threads=False, block_size=len(line) + 1)
+        (value,) = pyarrow.json.read_json(pyarrow.BufferReader(line), reading, options).column(0).chunk(0)
+    except (pyarrow.ArrowInvalid, ValueError):
+        return parse_line(line, column)  # says what is wrong with it
+    return as_text(value)
+
+
+def as_text(value) -> Any:
+    """Return an Arrow scalar as Python has it, a long text as LongText."""
+    import pyarrow.types as types
+
+    if (types.is_string(value.type) or types.is_large_string(value.type)) and value.is_valid:
+        buffer = value.as_buffer()
+        return LongText(buffer) if len(buffer) > LONG_BYTES else value.as_py()
+    return value.as_py()
+
+
 def parse_lines(lines: list[bytes], column: str) -> list:
     """Return the values of a column of JSON lines; blank lines are no rows."""
+    if max(map(len, lines), default=0) > LONG_BYTES:
+        lines = [line for line in lines if line.strip()]
+        return [(parse_long_line if len(line) > LONG_BYTES else parse_line)(line, column) for line in lines]
     try:
         return [row.get(column) for row in map(orjson.loads, lines)]
     except (ValueError, AttributeError):
@@ -107,7 +138,7 @@ class JsonLines:
         found = {}
         with (gzip.open if self.gzipped else open)(self.name, "rb") as file:
             for line in file.readlines(2**20):
-                if line.strip():
+                if line.strip() and len(line) <= LONG_BYTES:
                     row = json.loads(line) if b"NaN" in line else orjson.loads(line)
                     if not isinstance(row, dict):
                         raise ValueError(f"a line holds a {type(row).__name__}, not an object")
@@ -153,7 +184,21 @@ class Parquet:
             return sum(self._sizes(file)[self.first : self.last])
 
     def read(self, position: list | None = None) -> Iterator[tuple[list, list]]:
-        group, done = position or (self.first, 0)
+        import pyarrow
+
+        columns = self._columns(*(position or (self.first, 0)))
+        while (found := next(columns, None)) is not None:
+            column, position = found
+            if column.nbytes > LONG_BYTES:
+                columns.close()  # Arrow's reader holds twice a page's size: not while a long text is worked on
+                pyarrow.default_memory_pool().release_unused()
+                columns = self._columns(*position)
+                yield list(map(as_text, column)), position
+            else:
+                yield column.to_pylist(), position
+            del found, column  # a text of hundreds of megabytes must be gone before the next one is read
+
+    def _columns(self, group: int, done: int) -> Iterator[tuple[Any, list]]:
         with self._open() as file:
             sizes = self._sizes(file)
             last = file.num_row_groups if self.last is None else self.last
@@ -164,7 +209,7 @@ class Parquet:
                 for batch in file.iter_batches(batch_size, row_groups=[number], columns=[self.column]):
                     at += len(batch)
                     if at > done:
-                        yield batch.column(0).slice(max(0, done - at + len(batch))).to_pylist(), [number, at]
+                        yield batch.column(0).slice(max(0, done - at + len(batch))), [number, at]
                 done = 0
 
     def row(self, position: list | None, index: int) -> int:

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from .corpus import is_held_out
 from .feed import Encoded, Feed
+from .long_text import LongText
 from .manifest import Manifest, describe_file, sync
 from .packing import document_starts, make_packer
 from .tokenization import token_dtype
@@ -52,7 +53,8 @@ class SplitWriter:
 
     def _write(self, last: bool) -> None:
         """Write record batches of one size, so that the file's bytes depend on the text alone."""
-        rows = np.concatenate(self._rows)
+        full = [rows for rows in self._rows if len(rows)]
+        rows = full[0] if len(full) == 1 else np.concatenate([*full, self._rows[0][:0]])  # one may be of 100 MB
         while len(rows) >= self._rows_per_batch or (last and len(rows)):
             if self._stream is None:
                 self._file = open(self.path, "wb")  # noqa: SIM115 (closed by close)
@@ -90,10 +92,23 @@ class JsonLinesWriter:
     def opened(self) -> bool:
         return self._file is not None
 
-    def write(self, row: dict) -> None:
+    def _open(self):
         if self._file is None:
             self._file = open(self.path, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by close)
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return self._file
+
+    def write(self, row: dict) -> None:
+        self._open().write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def write_text(self, text: str | LongText) -> None:
+        """Write {"text": text}; a long one piece by piece."""
+        if isinstance(text, str):
+            self.write({"text": text})
+            return
+        self._open().write('{"text": "')
+        for piece in text.pieces():
+            self._file.write(json.dumps(piece, ensure_ascii=False)[1:-1])
+        self._file.write('"}\n')
 
     def close(self) -> None:
         if self._file is not None:
@@ -124,7 +139,7 @@ class ShardWriter:
             del utf8
             if in_validation:
                 held[number] = True
-                self._texts.write({"text": text})
+                self._texts.write_text(text)
         self.bytes += int(sizes.sum())
         if not held.any():
             self._add_train(batch.ids, batch.lengths, sizes)
@@ -215,6 +230,7 @@ def write_part(
                     shard.finish(feed.state(), False, backend())
                     number += 1
                     shard = ShardWriter(work, part, number, manifest)
+                del batch
             shard.finish(feed.state() | {"report": feed.report()}, True, backend())
         finally:
             shard.close()
