@@ -98,6 +98,12 @@ class DataArguments(CorpusArguments):
         return self.streaming and self.max_documents is None and self.max_tokens is None
 
     @property
+    def streamed(self):
+        """How a stream becomes rows: arguments of `stream.open_stream`."""
+        names = ("block_size", "packing", "validation_fraction")
+        return {name: getattr(self, name) for name in names} | {"cleaning": self.preparing["cleaning"]}
+
+    @property
     def first_of_stream(self):
         """What bounds the set that stands in for a stream: its held-out documents and its unigram model."""
         return {"max_documents": STREAM_DOCUMENTS} if self.trains_from_stream else {}
@@ -207,6 +213,27 @@ class PretrainArguments(TrainingArguments):
         kept = {name: getattr(self, name) for name in KEPT_BY_RESUME}
         kept |= {"optim": str(self.optim.value), "lr_scheduler_type": str(self.lr_scheduler_type.value)}
         return kept | {"zero stage": self.deepspeed and self.hf_deepspeed_config.get_value("zero_optimization.stage")}
+
+    def stream_share(self):
+        """This rank's share of a stream: arguments of `stream.open_stream`. Rows are then taken in their order.
+
+        Raises:
+            ValueError: The stream would have no end, or several readers.
+        """
+        if self.max_steps < 1:
+            raise ValueError(
+                f"streaming = true has no end: set max_steps (now {self.max_steps}), or bound the text with "
+                "max_documents or max_tokens."
+            )
+        if self.dataloader_num_workers:
+            raise ValueError(
+                f"dataloader_num_workers = {self.dataloader_num_workers} would read the stream as often: set it to 0, "
+                "a stream is read ahead by itself."
+            )
+        self.train_sampling_strategy = "sequential"
+        rows = self.max_steps * self.gradient_accumulation_steps * self.per_device_train_batch_size * self.world_size
+        share = {"length": rows, "micro_batch": self.per_device_train_batch_size, "seed": self.seed}
+        return share | {"rank": self.process_index, "world_size": self.world_size}
 
     def _check_ranges(self):
         for rule, (holds, names) in RANGES.items():

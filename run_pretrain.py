@@ -154,53 +154,21 @@ def prepare_data(model_args, data_args, args, config):
         **data_args.preparing | data_args.first_of_stream,
     )
     tokenizer.save_pretrained(args.output_dir)
-    say(f"data: {describe_set(manifest)}{', found in' if manifest.reused else ', written to'} {prepared_dir}.")
+    say(f"data: {manifest.summary}{', found in' if manifest.reused else ', written to'} {prepared_dir}.")
     wait_for_first_rank(args, done=True)
     return tokenizer, prepared_dir
 
 
-def describe_set(manifest):
-    parts = [
-        f"{name} {split['documents']:,} documents, {split['tokens']:,} tokens, {split['blocks']:,} rows of "
-        f"{manifest.block_size}"
-        for name, split in manifest.splits.items()
-    ]
-    return "; ".join(parts)
-
-
-def open_stream(data_args, args, tokenizer, a_step):
-    """The training rows of this rank, read, encoded and packed as the run goes."""
-    args.train_sampling_strategy = "sequential"
-    return stream.open_stream(
-        corpus.read_documents(**data_args.reading),
-        tokenizer,
-        data_args.block_size,
-        data_args.preparing["cleaning"],
-        length=args.max_steps * a_step,
-        micro_batch=args.per_device_train_batch_size,
-        rank=RANK,
-        world_size=args.world_size,
-        packing=data_args.packing,
-        validation_fraction=data_args.validation_fraction,
-        seed=args.seed,
-    )
-
-
-def load_sets(data_args, args, tokenizer, prepared_dir):
+def load_sets(data_args, args, tokenizer, prepared_dir, share):
     """Training rows and the held-out rows that are scored during training.
 
     Raises:
-        ValueError: Fewer rows than one step takes; a stream without an end.
+        ValueError: Fewer rows than one step takes.
     """
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if data_args.trains_from_stream and (args.max_steps < 1 or args.dataloader_num_workers):
-        raise ValueError(
-            f"streaming = true needs max_steps (now {args.max_steps}), as a stream has no end, and "
-            f"dataloader_num_workers = 0 (now {args.dataloader_num_workers}), as it reads ahead by itself; or take a "
-            "part of it with max_documents or max_tokens."
-        )
-    if data_args.trains_from_stream:
-        train = open_stream(data_args, args, tokenizer, a_step)
+    if share is not None:
+        documents = corpus.read_documents(**data_args.reading)
+        train = stream.open_stream(documents, tokenizer, **data_args.streamed, **share)
     else:
         train = prepare.load_blocks(prepared_dir, "train")
     if len(train) < a_step:
@@ -330,10 +298,11 @@ def main(argv=None):
     try:
         arguments = parse_args([word for word in argv if word != "debug=true"], ARGUMENTS)
         model_args, data_args, args = arguments
+        share = args.stream_share() if data_args.trains_from_stream else None
         config = model.load_config(model_args.model_name, model_args.config_overrides)
         model.choose_attention(model_args.attn_implementation, args.device, config)
         tokenizer, prepared_dir = prepare_data(model_args, data_args, args, config)
-        sets = load_sets(data_args, args, tokenizer, prepared_dir)
+        sets = load_sets(data_args, args, tokenizer, prepared_dir, share)
     except (ValueError, OSError) as error:
         if debug:
             raise

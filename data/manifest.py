@@ -73,6 +73,15 @@ class Manifest:
         return json.loads(json.dumps(identity))
 
     @property
+    def summary(self) -> str:
+        """What the splits hold, for people."""
+        return "; ".join(
+            f"{name} {split['documents']:,} documents, {split['tokens']:,} tokens, {split['blocks']:,} rows of "
+            f"{self.block_size}"
+            for name, split in self.splits.items()
+        )
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits over the identity, the counts and every file's sha256: equal for equal sets, anywhere."""
         hashes = {name: entry["sha256"] for name, entry in self.files.items()}

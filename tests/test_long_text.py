@@ -12,6 +12,7 @@ from test_prepare import SOURCE, TOKENIZER, files
 
 from smolpretrain.data import corpus, encoding, long_text, readers
 from smolpretrain.data.corpus import read_documents
+from smolpretrain.data.documents import Tally
 from smolpretrain.data.long_text import LongText
 from smolpretrain.data.prepare import prepare
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_mixing import entries, write_source
 from test_prepare import TEXTS, TOKENIZER
 
-from smolpretrain.arguments import DataArguments
+from smolpretrain.arguments import DataArguments, PretrainArguments
 from smolpretrain.data import documents as documents_module
 from smolpretrain.data import readers
 from smolpretrain.data.corpus import is_validation, read_documents
@@ -187,6 +187,10 @@ def test_what_a_stream_cannot_do_is_refused(tmp_path):
         opened(source).load_state(tmp_path)
     with pytest.raises(ValueError, match="prepared_dir = set would not be read: streaming = true trains straight"):
         DataArguments(streaming=True, prepared_dir="set")
+    with pytest.raises(ValueError, match=r"streaming = true has no end: set max_steps \(now -1\)"):
+        PretrainArguments(deepspeed=None).stream_share()
+    with pytest.raises(ValueError, match="dataloader_num_workers = 2 would read the stream as often"):
+        PretrainArguments(deepspeed=None, max_steps=9, dataloader_num_workers=2).stream_share()
     bounded = DataArguments(streaming=True, prepared_dir="set", max_tokens=9)
     assert not bounded.trains_from_stream and bounded.first_of_stream == {}
 
