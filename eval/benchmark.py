@@ -1,0 +1,210 @@
+"""Benchmarks of a causal language model through lm-eval: scores with their chance level and standard error.
+
+    python eval/benchmark.py runs/first --tasks educational --by subject level
+    python eval/benchmark.py random:runs/first --tasks educational            # the control: the same at random weights
+    python eval/benchmark.py HuggingFaceTB/SmolLM2-135M --tasks small --output_dir scores
+
+A task is any that lm-eval knows, one of ours (educational, educational_choices_only), one of --include_path, or a set:
+`small` is what tells base models under 2B apart. All score the text of each answer (cloze form): such models cannot
+yet choose among letters (OLMES, Gu et al. 2024, arXiv 2406.08446).
+
+OUTPUT_DIR/benchmark.json (RUN_DIR/report/benchmark.json for a run and its checkpoints) is a list of rows:
+    task      its name, or NAME/FIELD=VALUE for the part of it that --by asked for
+    metric    lm-eval's name; acc, acc_norm, word_perplexity, ...
+    value, stderr   floats; stderr null where none is known
+    n         documents scored
+    chance    what guessing gives, null for metrics that are no accuracies
+    model     as it was named
+    settings  revision, num_fewshot, limit, window, batch_size, dtype, device, seed, version of the task, of lm-eval ...
+    file      lm-eval's whole result with every document's likelihoods, JSON, relative to OUTPUT_DIR
+    commit    of this project
+A row takes the place of an earlier one of the same task, metric, model and settings; the others stay.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import logging
+import re
+import subprocess
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+
+if __package__:
+    from . import perplexity, scores
+else:
+    import perplexity
+    import scores
+
+HERE = Path(__file__).resolve().parent
+OURS = HERE / "educational"
+# Of OLMES's ten tasks those that lm-eval 0.4.13 has in cloze form (its CommonsenseQA asks for letters) and whose chance
+# level is that of a guess (always yes is right on 62 % of BoolQ); SciQ and WikiText stand beside them.
+SETS = {
+    "small": (
+        *("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "social_iqa", "winogrande"),
+        *("mmlu_continuation", "sciq", "wikitext"),
+    )
+}
+BOOTSTRAPS = 1000  # for lm-eval's bootstrapped metrics: the error of a standard error is then about 2 %
+RANDOM = "random:"
+OPTIONS = {
+    "tasks": {"nargs": "+", "required": True, "help": f"tasks or groups of lm-eval, or {', '.join(SETS)}"},
+    "include_path": {"nargs": "+", "default": [], "help": "directories of further tasks (YAML, as lm-eval has them)"},
+    "by": {"nargs": "+", "default": [], "help": "fields of the documents, a row for each value: subject level"},
+    "tokenizer": {"help": "directory or Hub id, if it is not the model's own"},
+    "revision": {"help": "commit, branch or tag of a model on the Hub"},
+    "num_fewshot": {"type": int, "help": "solved examples before each question; default the task's own, mostly 0"},
+    "limit": {"type": int, "help": "score the first N documents of each task only"},
+    "window": {"type": int, "help": "input tokens a pass; default the model's positions, at most 2048"},
+    "batch_size": {"type": int, "default": 16, "help": "sequences a pass"},
+    "dtype": {"default": "auto", "choices": ("auto", "float32", "bfloat16", "float16"), "help": "auto: float32 on CPU"},
+    "device": {"default": "auto", "help": "auto, cpu, cuda, cuda:1, ..."},
+    "seed": {"type": int, "default": 1234, "help": "of random weights, of the examples' choice and of the bootstrap"},
+    "output_dir": {"help": "where the results go; default report/ of the run that MODEL is of"},
+}
+
+
+def load_tasks(names, include_path=(), tasks=SETS):
+    """Return (lm-eval's TaskManager, the names with sets expanded); every task has then been loaded once.
+
+    Raises:
+        ValueError: A task does not exist, or its documents cannot be had.
+    """
+    from lm_eval.tasks import TaskManager
+
+    names = list(dict.fromkeys(task for name in names for task in tasks.get(name, (name,))))
+    for path in include_path:
+        if not Path(path).is_dir():
+            raise ValueError(f"include_path {path}: no such directory.")
+    paths = [str(OURS), *map(str, include_path)]
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):  # lm-eval's own take seconds to index
+        manager = TaskManager(include_path=paths)
+    for name in names:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, 1)
+            raise ValueError(
+                f"task {name}: lm-eval has none of that name." + (f" Did you mean {close[0]}?" if close else "")
+            )
+        try:
+            manager.load([name])
+        except Exception as error:  # a task is somebody's YAML and Python: what it may raise is not ours to list
+            raise ValueError(f"task {name} cannot be loaded: {type(error).__name__}: {error}") from error
+    return manager, names
+
+
+def load(args):
+    """Return (model, tokenizer, window) of what MODEL names; ValueError or OSError where there is none."""
+    name = args.model.removeprefix(RANDOM)
+    config, tokenizer = perplexity.load_config(name, args.tokenizer, args.revision)
+    window, _ = perplexity.resolve_window(config, args.window)
+    if name == args.model:
+        return perplexity.load_model(name, args.revision, args.dtype, args.device), tokenizer, window
+    transformers.set_seed(args.seed)
+    dtype = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    return transformers.AutoModelForCausalLM.from_config(config, **dtype).to(device), tokenizer, window
+
+
+def evaluate(model, tokenizer, manager, names, window, args):
+    """Return lm-eval's whole result."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    scorer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, max_length=window)
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), args.seed)
+    return simple_evaluate(
+        scorer,
+        tasks=names,
+        task_manager=manager,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        bootstrap_iters=BOOTSTRAPS,
+        **seeds,
+    )
+
+
+def run_directory(model):
+    """The directory of the run that a model is, or is a checkpoint of; None for any other."""
+    path = Path(model.removeprefix(RANDOM))
+    return next((directory for directory in (path, path.parent) if (directory / "run.json").is_file()), None)
+
+
+def commit():
+    """This checkout's commit, with -dirty where files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def write(rows, result, directory):
+    """Write lm-eval's result and put the rows into directory/benchmark.json; returns its path."""
+    same = ("task", "metric", "model", "settings")
+    name = re.sub(r"[^\w.-]+", "_", rows[0]["model"]).strip("_")
+    mark = hashlib.sha256(json.dumps([[row[key] for key in same] for row in rows]).encode()).hexdigest()[:8]
+    whole, path = directory / "lm_eval" / f"{name}-{mark}.json", directory / "benchmark.json"
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    whole.write_text(json.dumps(result, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
+    rows = [row | {"file": str(whole.relative_to(directory)), "commit": commit()} for row in rows]
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    new = [[row[key] for key in same] for row in rows]
+    kept = [row for row in before if [row.get(key) for key in same] not in new]
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(kept + rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def run(args):
+    """Check, load tasks, load the model, score, print, write."""
+    if find_spec("lm_eval") is None:
+        raise ValueError("lm-eval is not installed: pip install -c constraints.txt -e '.[bench]'")
+    for name in ("limit", "batch_size", "num_fewshot"):
+        if (value := getattr(args, name)) is not None and value < (name != "num_fewshot"):
+            raise ValueError(f"{name} must be at least {int(name != 'num_fewshot')}, got {value}.")
+    if args.device != "auto":
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {args.device} needs a device that torch sees: {reason}") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager, names = load_tasks(args.tasks, args.include_path)
+    model, tokenizer, window = load(args)
+    result = evaluate(model, tokenizer, manager, names, window, args)
+    common = {"revision": args.revision, "limit": args.limit, "window": window, "batch_size": args.batch_size}
+    common |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "seed": args.seed}
+    common |= {name: version(name) for name in ("lm_eval", "transformers", "torch")}
+    rows = scores.tabulate(result, args.by)
+    rows = [row | {"model": args.model, "settings": row["settings"] | common} for row in rows]
+    scores.show(rows)
+    home = run_directory(args.model)
+    directory = Path(args.output_dir) if args.output_dir else home and home / "report"
+    print(f"written to {write(rows, result, directory)}" if directory else "not written: --output_dir names a place.")
+
+
+def main(argv=None):
+    """The command; what a user can get wrong is one line and exit status 2."""
+    transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(50)
+    parser = argparse.ArgumentParser("benchmark.py", argparse.SUPPRESS, __doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL", help="directory, checkpoint or Hub id; random:MODEL: random weights")
+    for name, option in OPTIONS.items():
+        parser.add_argument(f"--{name}", **option)
+    try:
+        run(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

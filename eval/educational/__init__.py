@@ -1,0 +1,1 @@
+"""Our educational benchmark: school knowledge in cloze form, with controls of what the options give away."""

@@ -1,0 +1,124 @@
+"""Which items of the educational benchmark stand in a training text.
+
+    python eval/educational/contamination.py runs/first/prepared
+    python eval/educational/contamination.py corpus/*.jsonl.gz notes.txt --output contamination.json
+
+An item counts as seen where its question with its right option shares 13 running words with the text, or, if it has
+fewer, stands there whole; case and punctuation do not count. Source: the 13-grams of GPT-3 (Brown et al. 2020,
+appendix C). A paraphrase or a translation is not found.
+"""
+
+import argparse
+import glob
+import itertools
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import transformers
+from tqdm import tqdm
+
+if __package__:
+    from .items import read_items
+else:
+    from items import read_items
+
+GRAM = 13
+HEAD = 5  # words of the shortest item: what a gram is looked up by
+READERS = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
+DECODED = 2**18  # tokens decoded at a time
+OVERLAP = 64  # tokens decoded again with the next ones, more than 13 words take
+
+
+def split_words(text):
+    """Return the words of a text in lower case, without punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+def index_items(items):
+    """Return {first HEAD words: [(words, id)]} of every gram of every item."""
+    index = {}
+    for item in items:
+        words = split_words(f"{item['question']} {item['options'][item['answer']]}")
+        for start in range(max(1, len(words) - GRAM + 1)):
+            gram = words[start : start + GRAM]
+            index.setdefault(tuple(gram[:HEAD]), []).append((gram, item["id"]))
+    return index
+
+
+def find_seen(items, texts):
+    """Return {id: the words found} of the items that stand in any of the texts."""
+    index, seen = index_items(items), {}
+    for text in texts:
+        words = split_words(text)
+        for at, head in enumerate(zip(*(words[start:] for start in range(HEAD)), strict=False)):
+            for gram, name in index.get(head, ()):
+                if words[at : at + len(gram)] == gram:
+                    seen.setdefault(name, " ".join(gram))
+    return seen
+
+
+def read_texts(paths, column="text", tokenizer=None):
+    """Yield the texts of files (globs too) and of prepared sets; ValueError where one cannot be read."""
+    for path in itertools.chain.from_iterable(sorted(glob.glob(path)) or [path] for path in paths):
+        if Path(path).is_dir():
+            yield from _read_prepared(Path(path), tokenizer)
+            continue
+        reader = next((READERS[ending] for ending in READERS if path.endswith(ending)), None)
+        if not Path(path).is_file() or reader is None:
+            raise ValueError(f"{path} is neither a prepared set nor a file that ends in {', '.join(READERS)}.")
+        whole = {"sample_by": "document"} if reader == "text" else {}
+        try:
+            for row in datasets.load_dataset(reader, data_files=path, split="train", streaming=True, **whole):
+                if column not in row:
+                    raise ValueError(f"no column {column}; the columns are {', '.join(row)}.")
+                yield row[column] or ""
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _read_prepared(directory, tokenizer):
+    """Yield the decoded rows of a prepared set's training split, laid end to end."""
+    files = sorted(directory.glob("train*.arrow"))
+    homes = [tokenizer, directory / "tokenizer", directory.parent]  # a run's own tokenizer is beside its prepared set
+    home = next((home for home in homes if home and (home == tokenizer or (home / "tokenizer.json").is_file())), None)
+    if not files or home is None:
+        lacks = "no tokenizer in it or beside it: name one with --tokenizer" if files else "no train*.arrow in it"
+        raise ValueError(f"{directory} is no prepared set that can be read: {lacks}.")
+    decoder = transformers.PreTrainedTokenizerFast.from_pretrained(home)
+    for file in files:
+        kept = []
+        for batch in pa.ipc.open_stream(pa.memory_map(str(file))):
+            ids = batch.column("input_ids").values.to_pylist()
+            for start in range(0, len(ids), DECODED):
+                kept = kept[-OVERLAP:] + ids[start : start + DECODED]
+                yield decoder.decode(kept)
+
+
+def main(argv=None):
+    """The command; what a user can get wrong is one line and exit status 2."""
+    datasets.logging.set_verbosity(50)
+    parser = argparse.ArgumentParser(None, argparse.SUPPRESS, __doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("data", nargs="+", help=f"prepared sets, files or globs ({' '.join(READERS)})")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--tokenizer", help="directory or Hub id, for a prepared set that has none")
+    parser.add_argument("--output", help="JSON file to write: {id: the words found}")
+    args = parser.parse_args(argv)
+    items = read_items()
+    try:
+        seen = find_seen(items, tqdm(read_texts(args.data, args.text_column, args.tokenizer), unit=" texts"))
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    for name, words in seen.items():
+        print(f"{name}: {words}")
+    print(
+        f"{len(seen)} of {len(items)} items stand in {' '.join(args.data)} ({GRAM} running words, or the whole item)."
+    )
+    if args.output:
+        Path(args.output).write_text(json.dumps(seen, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
