@@ -21,7 +21,6 @@ OUTPUT_DIR/benchmark.json (RUN_DIR/report/benchmark.json for a run and its check
 A row takes the place of an earlier one of the same task, metric, model and settings; the others stay.
 """
 
-import argparse
 import difflib
 import hashlib
 import json
@@ -37,8 +36,9 @@ import torch
 import transformers
 
 if __package__:
-    from . import perplexity, scores
+    from . import command, perplexity, scores
 else:
+    import command
     import perplexity
     import scores
 
@@ -171,21 +171,17 @@ def run(args):
     for name in ("limit", "batch_size", "num_fewshot"):
         if (value := getattr(args, name)) is not None and value < (name != "num_fewshot"):
             raise ValueError(f"{name} must be at least {int(name != 'num_fewshot')}, got {value}.")
-    if args.device != "auto":
-        try:
-            torch.empty(0, device=args.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device {args.device} needs a device that torch sees: {reason}") from error
+    command.check_device(args.device)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager, names = load_tasks(args.tasks, args.include_path)
     model, tokenizer, window = load(args)
     result = evaluate(model, tokenizer, manager, names, window, args)
-    common = {"revision": args.revision, "limit": args.limit, "window": window, "batch_size": args.batch_size}
-    common |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "seed": args.seed}
-    common |= {name: version(name) for name in ("lm_eval", "transformers", "torch")}
+    used = {"revision": args.revision, "limit": args.limit, "window": window, "batch_size": args.batch_size}
+    used |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "seed": args.seed}
+    used |= {"model_commit": command.commit_of(args.model.removeprefix(RANDOM), args.revision)}
+    used |= {name: version(name) for name in ("lm_eval", "transformers", "torch")}
     rows = scores.tabulate(result, args.by)
-    rows = [row | {"model": args.model, "settings": row["settings"] | common} for row in rows]
+    rows = [command.finite(row) | {"model": args.model, "settings": row["settings"] | used} for row in rows]
     scores.show(rows)
     home = run_directory(args.model)
     directory = Path(args.output_dir) if args.output_dir else home and home / "report"
@@ -196,10 +192,8 @@ def main(argv=None):
     """The command; what a user can get wrong is one line and exit status 2."""
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity(50)
-    parser = argparse.ArgumentParser("benchmark.py", argparse.SUPPRESS, __doc__.split("\n")[0], allow_abbrev=False)
+    parser = command.build_parser("benchmark.py", __doc__.split("\n")[0], OPTIONS)
     parser.add_argument("model", metavar="MODEL", help="directory, checkpoint or Hub id; random:MODEL: random weights")
-    for name, option in OPTIONS.items():
-        parser.add_argument(f"--{name}", **option)
     try:
         run(parser.parse_args(argv))
     except (ValueError, OSError) as error:

@@ -60,14 +60,16 @@ def _file_sources(words):
         named.setdefault(name, []).append(pattern)
     if "" in named:
         named = {name or " ".join(Path(pattern).name for pattern in named[""]): named[name] for name in named}
-    return {name: list(map(_file_source, _expand(patterns))) for name, patterns in named.items()}
+    return {name: list(map(file_source, expand(patterns))) for name, patterns in named.items()}
 
 
-def _expand(patterns):
+def expand(patterns):
+    """The files that paths and globs name; a pattern that names none stays as it is."""
     return chain.from_iterable(sorted(glob.glob(pattern)) or [pattern] for pattern in patterns)
 
 
-def _file_source(path):
+def file_source(path):
+    """load_dataset's arguments for a file; ValueError where there is none, or none that can be read."""
     reader = next((READERS[extension] for extension in READERS if path.endswith(extension)), None)
     if (missing := not Path(path).is_file()) or reader is None:
         raise ValueError(f"{path}: " + ("no such file." if missing else f"not one of {', '.join(READERS)}."))

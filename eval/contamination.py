@@ -1,16 +1,13 @@
 """Which items of the educational benchmark stand in a training text.
 
-    python eval/educational/contamination.py runs/first/prepared
-    python eval/educational/contamination.py corpus/*.jsonl.gz notes.txt --output contamination.json
+    python eval/contamination.py runs/first/prepared
+    python eval/contamination.py corpus/*.jsonl.gz notes.txt --output contamination.json
 
 An item counts as seen where its question with its right option shares 13 running words with the text, or, if it has
 fewer, stands there whole; case and punctuation do not count. Source: the 13-grams of GPT-3 (Brown et al. 2020,
 appendix C). A paraphrase or a translation is not found.
 """
 
-import argparse
-import glob
-import itertools
 import json
 import re
 from pathlib import Path
@@ -21,14 +18,21 @@ import transformers
 from tqdm import tqdm
 
 if __package__:
-    from .items import read_items
+    from . import command, corpora
+    from .educational.items import read_items
 else:
-    from items import read_items
+    import command
+    import corpora
+    from educational.items import read_items
 
 GRAM = 13
 HEAD = 5  # words of the shortest item: what a gram is looked up by
-READERS = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
 DECODED = 2**18  # tokens decoded at a time
+OPTIONS = {
+    "text_column": {"default": "text"},
+    "tokenizer": {"help": "directory or Hub id, for a prepared set that has none"},
+    "output": {"help": "JSON file to write: {id: the words found}"},
+}
 OVERLAP = 64  # tokens decoded again with the next ones, more than 13 words take
 
 
@@ -62,20 +66,16 @@ def find_seen(items, texts):
 
 def read_texts(paths, column="text", tokenizer=None):
     """Yield the texts of files (globs too) and of prepared sets; ValueError where one cannot be read."""
-    for path in itertools.chain.from_iterable(sorted(glob.glob(path)) or [path] for path in paths):
+    for path in corpora.expand(paths):
         if Path(path).is_dir():
             yield from _read_prepared(Path(path), tokenizer)
             continue
-        reader = next((READERS[ending] for ending in READERS if path.endswith(ending)), None)
-        if not Path(path).is_file() or reader is None:
-            raise ValueError(f"{path} is neither a prepared set nor a file that ends in {', '.join(READERS)}.")
-        whole = {"sample_by": "document"} if reader == "text" else {}
         try:
-            for row in datasets.load_dataset(reader, data_files=path, split="train", streaming=True, **whole):
+            for row in datasets.load_dataset(**corpora.file_source(path), streaming=True):
                 if column not in row:
-                    raise ValueError(f"no column {column}; the columns are {', '.join(row)}.")
+                    raise ValueError(f"{path}: no column {column}; the columns are {', '.join(row)}.")
                 yield row[column] or ""
-        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        except datasets.exceptions.DatasetGenerationError as error:
             raise ValueError(f"{path}: {error}") from error
 
 
@@ -100,11 +100,8 @@ def _read_prepared(directory, tokenizer):
 def main(argv=None):
     """The command; what a user can get wrong is one line and exit status 2."""
     datasets.logging.set_verbosity(50)
-    parser = argparse.ArgumentParser(None, argparse.SUPPRESS, __doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("data", nargs="+", help=f"prepared sets, files or globs ({' '.join(READERS)})")
-    parser.add_argument("--text_column", default="text")
-    parser.add_argument("--tokenizer", help="directory or Hub id, for a prepared set that has none")
-    parser.add_argument("--output", help="JSON file to write: {id: the words found}")
+    parser = command.build_parser("contamination.py", __doc__.split("\n")[0], OPTIONS)
+    parser.add_argument("data", nargs="+", help=f"prepared sets, files or globs ({' '.join(corpora.READERS)})")
     args = parser.parse_args(argv)
     items = read_items()
     try:
