@@ -45,7 +45,8 @@ else:
 HERE = Path(__file__).resolve().parent
 OURS = HERE / "educational"
 # Of OLMES's ten tasks those that lm-eval 0.4.13 has in cloze form (its CommonsenseQA asks for letters) and whose chance
-# level is that of a guess (always yes is right on 62 % of BoolQ); SciQ and WikiText stand beside them.
+# level is that of a guess (always yes is right on 62 % of BoolQ); SciQ and WikiText stand beside them. OLMES gives five
+# solved examples: --num_fewshot 5 (lm-eval draws its own).
 SETS = {
     "small": (
         *("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "social_iqa", "winogrande"),

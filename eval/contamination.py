@@ -28,12 +28,12 @@ else:
 GRAM = 13
 HEAD = 5  # words of the shortest item: what a gram is looked up by
 DECODED = 2**18  # tokens decoded at a time
+OVERLAP = 2**10  # tokens decoded again with the next ones: what any item takes, in bytes too
 OPTIONS = {
     "text_column": {"default": "text"},
     "tokenizer": {"help": "directory or Hub id, for a prepared set that has none"},
     "output": {"help": "JSON file to write: {id: the words found}"},
 }
-OVERLAP = 64  # tokens decoded again with the next ones, more than 13 words take
 
 
 def split_words(text):

@@ -5,8 +5,9 @@ A row is a dict of task, metric, value, stderr, n, chance and settings; benchmar
 
 import math
 import statistics
+import sys
 
-import rich
+import rich.console
 import rich.table
 
 
@@ -98,13 +99,15 @@ def _rows_by(task, documents, field, result):
 
 
 def show(rows):
-    """Print the rows; what lies within two standard errors of chance is said to be no better than guessing."""
-    table = rich.table.Table("task", "metric", "value", "std. error", "n", "chance", "above chance by")
+    """Print the rows; what lies within two standard errors (SE) of chance is said not to be over it."""
+    table = rich.table.Table("task", "metric", "value", "SE", "n", "chance", "over chance")
     for row in rows:
-        figures = ["" if (x := row[key]) is None else f"{x:,.4f}" for key in ("value", "stderr", "chance")]
-        above = ""
+        value, stderr, chance = (
+            "" if (x := row[key]) is None else f"{x:,.4f}" for key in ("value", "stderr", "chance")
+        )
+        over = ""
         if row["chance"] is not None and row["stderr"]:
             errors = (row["value"] - row["chance"]) / row["stderr"]
-            above = f"{errors:.1f} std. errors" if errors > 2 else f"{errors:.1f}: not above guessing"
-        table.add_row(row["task"], row["metric"], figures[0], figures[1], f"{row['n']:,}", figures[2], above)
-    rich.print(table)
+            over = f"{errors:.1f} SE" if errors > 2 else f"no ({errors:.1f} SE)"
+        table.add_row(row["task"], row["metric"], value, stderr, f"{row['n']:,}", chance, over)
+    rich.console.Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -92,6 +92,7 @@ def test_a_wheel_holds_one_top_level_name_and_its_data_files(tmp_path):
         "data/packing.py",
         "eval/perplexity.py",
     }
+    shipped |= {f"eval/educational/{name}" for name in ("items.jsonl", "educational.yaml", "README.md")}
     assert {f"smolpretrain/{name}" for name in shipped} <= set(names)
     assert not [name for name in names if "tests/" in name or "runs/" in name]
 
