@@ -1,8 +1,11 @@
 """Benchmarks of a causal language model through lm-eval: scores with their chance level and standard error.
 
     python eval/benchmark.py runs/first --tasks educational --by subject level
-    python eval/benchmark.py random:runs/first --tasks educational            # the control: the same at random weights
+    python eval/benchmark.py random:runs/first --tasks educational       # the control: the same at random weights
     python eval/benchmark.py HuggingFaceTB/SmolLM2-135M --tasks small --output_dir scores
+
+MODEL is what eval/compare.py takes: a directory, a checkpoint of a run, a Hub id or id@revision, a GGUF file; random:
+(or random_init:) before it asks for its architecture with the random weights that compare.py gives it too.
 
 A task is any that lm-eval knows, one of ours (educational, educational_choices_only), one of --include_path, or a set:
 `small` is what tells base models under 2B apart. All score the text of each answer (cloze form): such models cannot
@@ -15,7 +18,8 @@ OUTPUT_DIR/benchmark.json (RUN_DIR/report/benchmark.json for a run and its check
     n         documents scored
     chance    what guessing gives, null for metrics that are no accuracies
     model     as it was named
-    settings  revision, num_fewshot, limit, window, batch_size, dtype, device, seed, version of the task, of lm-eval ...
+    settings  num_fewshot, limit, window, batch_size, dtype, device, seed, kind of the model, its commit on the Hub,
+              version of the task, of lm-eval ...
     file      lm-eval's whole result with every document's likelihoods, JSON, relative to OUTPUT_DIR
     commit    of this project
 A row takes the place of an earlier one of the same task, metric, model and settings; the others stay.
@@ -26,21 +30,22 @@ import hashlib
 import json
 import logging
 import re
-import subprocess
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
-import torch
 import transformers
 
 if __package__:
-    from . import command, perplexity, scores
+    from . import command, perplexity, provenance, scores
+    from .compare import Candidate
 else:
     import command
     import perplexity
+    import provenance
     import scores
+    from compare import Candidate
 
 HERE = Path(__file__).resolve().parent
 OURS = HERE / "educational"
@@ -54,20 +59,19 @@ SETS = {
     )
 }
 BOOTSTRAPS = 1000  # for lm-eval's bootstrapped metrics: the error of a standard error is then about 2 %
-RANDOM = "random:"
 OPTIONS = {
     "tasks": {"nargs": "+", "required": True, "help": f"tasks or groups of lm-eval, or {', '.join(SETS)}"},
     "include_path": {"nargs": "+", "default": [], "help": "directories of further tasks (YAML, as lm-eval has them)"},
     "by": {"nargs": "+", "default": [], "help": "fields of the documents, a row for each value: subject level"},
     "tokenizer": {"help": "directory or Hub id, if it is not the model's own"},
-    "revision": {"help": "commit, branch or tag of a model on the Hub"},
+    "revision": {"help": "commit, branch or tag of a model on the Hub; MODEL@REVISION does it too"},
     "num_fewshot": {"type": int, "help": "solved examples before each question; default the task's own, mostly 0"},
     "limit": {"type": int, "help": "score the first N documents of each task only"},
     "window": {"type": int, "help": "input tokens a pass; default the model's positions, at most 2048"},
     "batch_size": {"type": int, "default": 16, "help": "sequences a pass"},
     "dtype": {"default": "auto", "choices": ("auto", "float32", "bfloat16", "float16"), "help": "auto: float32 on CPU"},
     "device": {"default": "auto", "help": "auto, cpu, cuda, cuda:1, ..."},
-    "seed": {"type": int, "default": 1234, "help": "of random weights, of the examples' choice and of the bootstrap"},
+    "seed": {"type": int, "default": 0, "help": "of random weights; lm-eval's own seeds are fixed"},
     "output_dir": {"help": "where the results go; default report/ of the run that MODEL is of"},
 }
 
@@ -101,17 +105,10 @@ def load_tasks(names, include_path=(), tasks=SETS):
     return manager, names
 
 
-def load(args):
-    """Return (model, tokenizer, window) of what MODEL names; ValueError or OSError where there is none."""
-    name = args.model.removeprefix(RANDOM)
-    config, tokenizer = perplexity.load_config(name, args.tokenizer, args.revision)
-    window, _ = perplexity.resolve_window(config, args.window)
-    if name == args.model:
-        return perplexity.load_model(name, args.revision, args.dtype, args.device), tokenizer, window
-    transformers.set_seed(args.seed)
-    dtype = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    return transformers.AutoModelForCausalLM.from_config(config, **dtype).to(device), tokenizer, window
+def check(candidate, args):
+    """Return (tokenizer, window) of a model whose weights are not read yet; ValueError or OSError where it is none."""
+    config, tokenizer = perplexity.load_config(candidate.name, args.tokenizer)
+    return tokenizer, perplexity.resolve_window(config, args.window)[0]
 
 
 def evaluate(model, tokenizer, manager, names, window, args):
@@ -120,7 +117,6 @@ def evaluate(model, tokenizer, manager, names, window, args):
     from lm_eval.models.huggingface import HFLM
 
     scorer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, max_length=window)
-    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), args.seed)
     return simple_evaluate(
         scorer,
         tasks=names,
@@ -128,23 +124,13 @@ def evaluate(model, tokenizer, manager, names, window, args):
         num_fewshot=args.num_fewshot,
         limit=args.limit,
         bootstrap_iters=BOOTSTRAPS,
-        **seeds,
     )
 
 
-def run_directory(model):
+def run_directory(name):
     """The directory of the run that a model is, or is a checkpoint of; None for any other."""
-    path = Path(model.removeprefix(RANDOM))
+    path = Path(name)
     return next((directory for directory in (path, path.parent) if (directory / "run.json").is_file()), None)
-
-
-def commit():
-    """This checkout's commit, with -dirty where files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
 
 
 def write(rows, result, directory):
@@ -155,7 +141,7 @@ def write(rows, result, directory):
     whole, path = directory / "lm_eval" / f"{name}-{mark}.json", directory / "benchmark.json"
     whole.parent.mkdir(parents=True, exist_ok=True)
     whole.write_text(json.dumps(result, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
-    rows = [row | {"file": str(whole.relative_to(directory)), "commit": commit()} for row in rows]
+    rows = [row | {"file": str(whole.relative_to(directory)), "commit": provenance.code_commit()} for row in rows]
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     new = [[row[key] for key in same] for row in rows]
     kept = [row for row in before if [row.get(key) for key in same] not in new]
@@ -175,16 +161,20 @@ def run(args):
     command.check_device(args.device)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager, names = load_tasks(args.tasks, args.include_path)
-    model, tokenizer, window = load(args)
+    candidate = Candidate(re.sub("^random:", "random_init:", args.model))
+    candidate.name += f"@{args.revision}" if args.revision else ""
+    tokenizer, window = check(candidate, args)
+    model = candidate.load(args.dtype, args.device, args.seed)
     result = evaluate(model, tokenizer, manager, names, window, args)
-    used = {"revision": args.revision, "limit": args.limit, "window": window, "batch_size": args.batch_size}
-    used |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "seed": args.seed}
-    used |= {"model_commit": command.commit_of(args.model.removeprefix(RANDOM), args.revision)}
+    used = {"limit": args.limit, "window": window, "batch_size": args.batch_size, "seed": args.seed}
+    used |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "kind": candidate.kind}
+    used |= {"revision": args.revision, "model_commit": command.commit_of(candidate.name)}
+    used |= {"hardware": provenance.hardware(model.device)}
     used |= {name: version(name) for name in ("lm_eval", "transformers", "torch")}
     rows = scores.tabulate(result, args.by)
     rows = [command.finite(row) | {"model": args.model, "settings": row["settings"] | used} for row in rows]
     scores.show(rows)
-    home = run_directory(args.model)
+    home = run_directory(candidate.name)
     directory = Path(args.output_dir) if args.output_dir else home and home / "report"
     print(f"written to {write(rows, result, directory)}" if directory else "not written: --output_dir names a place.")
 

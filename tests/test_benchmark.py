@@ -220,9 +220,8 @@ def test_a_row_holds_its_value_its_error_its_chance_and_where_it_comes_from(scor
     assert row["value"] == result["results"]["educational"]["acc,none"]
     assert row["stderr"] == result["results"]["educational"]["acc_stderr,none"]
     assert row["stderr"] == pytest.approx(math.sqrt(row["value"] * (1 - row["value"]) / (row["n"] - 1)))
-    assert (
-        row["settings"]["seed"] == 1234 and row["settings"]["window"] == 256 and row["settings"]["dtype"] == "float32"
-    )
+    used = {"seed": 0, "window": 256, "dtype": "float32", "limit": None, "kind": "checkpoint", "num_fewshot": 0}
+    assert used.items() <= row["settings"].items()
     assert only(scored, task="educational", metric="gold_bits_per_byte", model=str(run_dir))["chance"] is None
 
 
