@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from .cleaning import Seen
-from .documents import MixedDocuments, Shares, Tally
+from .cleaning import Cleaner, Cleaning, Seen
+from .documents import Documents, MixedDocuments, Shares, Tally
 from .feed import Encoded, Source
 
 DRAWS = 4096  # documents at most in one batch
@@ -134,3 +134,15 @@ class Mixture:
         for drawn, more, size in zip(self._drawn, documents, tokens, strict=True):
             drawn.counts["documents"] += int(more)
             drawn.counts["tokens"] += int(size)
+
+
+def open_source(documents: Documents | MixedDocuments, encode, cleaning: Cleaning, seen: Seen | None, state):
+    """Return what encodes these documents from a state on: a `Source`, or of a mixture's a `Mixture`."""
+    cleaner = Cleaner(cleaning) if cleaning.by_text else None
+    if isinstance(documents, MixedDocuments):
+
+        def open_one(one: Documents, held: dict | None) -> Source:
+            return Source(one, encode, cleaner, None, held)
+
+        return Mixture(documents, open_one, seen, state)
+    return Source(documents, encode, cleaner, seen, state)

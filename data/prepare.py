@@ -10,8 +10,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,92 +22,20 @@ import numpy as np
 
 from . import shards
 from .assemble import UNIGRAM_COUNTS, assemble
-from .cleaning import Cleaner, Cleaning, Seen
-from .corpus import is_validation
+from .cleaning import Cleaner, Cleaning
 from .documents import Documents, MixedDocuments
-from .encoding import Disagreement, Encoder, check_backend
-from .feed import Feed, Limits, Source
+from .encoding import check_backend
+from .feed import Limits
 from .manifest import Manifest, verify
-from .mixing import Mixture
 from .packing import check_packing, make_packer
 from .partial import TOKENIZERS_ONLY, in_use, open_partial, prepared_already
+from .preparation_log import PreparationLog
 from .progress import Progress
 from .readers import Rows
 from .tokenization import token_dtype, tokenizer_hash, vocabulary_size
+from .workers import Work, write_parts
 
 LIBRARIES = ("datasets", "numpy", "pyarrow", "tokenizers", "transformers")
-
-
-@dataclass
-class Work:
-    """What every worker needs; pickled for those in processes of their own."""
-
-    directory: Path
-    parts: list
-    tokenizer: object
-    manifest: Manifest
-    tokenizer_backend: str
-    limits: Limits = field(default_factory=Limits)
-    cleaning: Cleaning = field(default_factory=Cleaning)
-
-    @property
-    def fallen_back(self) -> Path:
-        """Stands there once tokie disagreed in the middle: what it had encoded is done again by `tokenizers`."""
-        return self.directory / TOKENIZERS_ONLY
-
-    def write(self, numbers: Iterable[int], progress: Progress) -> None:
-        """Write these parts; the whole of what this worker did is done again where tokie disagrees on the way."""
-        numbers = list(numbers)
-        try:
-            self.write_once(numbers, progress)
-        except Disagreement as error:
-            progress.say(f"tokenizer: from the start again with `tokenizers` itself, not the faster tokie: {error}.")
-            self.write_once(numbers, progress)
-
-    def write_once(self, numbers: list[int], progress: Progress) -> None:
-        """Write these parts. Raises Disagreement where tokie disagrees on the way; the next time does without it."""
-        backend = "tokenizers" if self.fallen_back.exists() else self.tokenizer_backend
-        encode = Encoder(self.tokenizer, backend, progress.say)
-        if backend != self.tokenizer_backend:
-            self._forget(numbers)
-        try:
-            for number in numbers:
-                self._write_part(number, encode, progress)
-        except Disagreement as error:
-            if self.tokenizer_backend == "tokie":
-                raise ValueError(f"tokenizer_backend tokie cannot serve: {error}; set it to auto.") from None
-            shards.write_json(self.fallen_back, str(error))
-            raise
-
-    def _forget(self, numbers: Iterable[int]) -> None:
-        for number in numbers:
-            for at, record in enumerate(shards.records(self.directory, number)):
-                if record["backend"] != "tokenizers":
-                    (self.directory / f"shard-{number:05d}-{at:05d}.json").unlink()
-                    (self.directory / f"counts-{number:05d}-{at:05d}.npy").unlink()
-
-    def _write_part(self, number: int, encode: Encoder, progress: Progress) -> None:
-        def open_feed(state: dict | None, shard: int) -> Feed:
-            seen = Seen(self.directory / f"seen-{number:05d}.sqlite", shard) if self.cleaning.deduplicate else None
-            source = open_source(self.parts[number], encode, self.cleaning, seen, (state or {}).get("source"))
-            return Feed(source, self.limits, self._is_held_out, seen, state)
-
-        shards.write_part(self.directory, number, open_feed, self.manifest, lambda: encode.backend, progress.tick)
-
-    def _is_held_out(self, text: str) -> bool:
-        return is_validation(text, self.manifest.validation_fraction)
-
-
-def open_source(documents: Documents | MixedDocuments, encode, cleaning: Cleaning, seen: Seen | None, state):
-    """Return what encodes these documents from a state on: a `Source`, or of a mixture's a `Mixture`."""
-    cleaner = Cleaner(cleaning) if cleaning.by_text else None
-    if isinstance(documents, MixedDocuments):
-
-        def open_one(one: Documents, held: dict | None) -> Source:
-            return Source(one, encode, cleaner, None, held)
-
-        return Mixture(documents, open_one, seen, state)
-    return Source(documents, encode, cleaner, seen, state)
 
 
 def prepare(
@@ -179,14 +106,21 @@ def prepare(
         Cleaner(cleaning)  # its checks, before a directory is made
     parts = [documents] if one_part else documents.parts()
     work = Work(open_partial(target, manifest), parts, tokenizer, manifest, tokenizer_backend, limits, cleaning)
-    with in_use(work.directory):
+    log = PreparationLog(target)
+    with in_use(work.directory), log.failure():
         if not only_merge:
-            _write_parts(work, shard_index, num_shards, num_proc, Progress(progress, documents.bytes, say))
+            share = f" share {shard_index} of {num_shards}" if num_shards > 1 else ""
+            log.began(manifest, len(list(work.directory.glob("shard-*.json"))), share)
+            done = Progress(progress, documents.bytes, say)
+            write_parts(work, shard_index, num_shards, num_proc, done)
+            log.wrote(done)
         if num_shards > 1 and not only_merge:
             return None
         if save_tokenizer:
             tokenizer.save_pretrained(work.directory / "set" / "tokenizer")
-        return merge(work.directory, target, len(parts), manifest)
+        made = merge(work.directory, target, len(parts), manifest)
+        log.ended(made)
+        return made
 
 
 def plan(
@@ -208,28 +142,6 @@ def plan(
         options=options,
         versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     )
-
-
-def _write_parts(work: Work, shard_index: int, num_shards: int, num_proc: int, progress: Progress) -> None:
-    numbers = range(shard_index, len(work.parts), num_shards)
-    num_proc = min(num_proc, len(numbers))
-    with progress:
-        if num_proc < 2:
-            work.write(numbers, progress)
-            return
-        import multiprocessing
-
-        with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn")) as pool:
-            shares = [pool.submit(_write_share, work, numbers[at::num_proc], num_proc) for at in range(num_proc)]
-            for share in shares:
-                progress.add(*share.result())
-
-
-def _write_share(work: Work, numbers: range, num_proc: int) -> tuple:
-    os.environ["RAYON_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_proc))
-    progress = Progress(False, None, print)
-    work.write(numbers, progress)
-    return progress.documents, progress.bytes, progress.tokens
 
 
 def merge(work: Path, target: Path, parts: int, manifest: Manifest) -> Manifest:

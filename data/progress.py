@@ -5,9 +5,13 @@ from collections.abc import Callable
 
 
 class Progress:
-    """Counts what was prepared. Use as a context; `total_bytes` (None: unknown) gives the time left."""
+    """Counts what was prepared. Use as a context; `total_bytes` (None: unknown) gives the time left.
 
-    def __init__(self, show: bool, total_bytes: int | None, say: Callable[[str], None] = print):
+    In a worker's process, counts is (array, place): what was prepared stands there too, for the parent's bar.
+    """
+
+    def __init__(self, show: bool, total_bytes: int | None, say: Callable[[str], None] = print, counts=None):
+        self._counts = counts
         self.documents = self.bytes = self.tokens = 0
         self._show, self._total, self._say = show, total_bytes, say
         self._bar, self._start = None, time.monotonic()
@@ -34,10 +38,17 @@ class Progress:
         self.documents += documents
         self.bytes += size
         self.tokens += tokens
+        if self._counts is not None:
+            array, at = self._counts
+            array[at : at + 3] = [self.documents, self.bytes, self.tokens]
         if self._bar is not None and self._show:
             rates = f"{self.documents / self.seconds:,.0f} documents/s, {self.bytes / 1e6 / self.seconds:,.1f} MB/s"
             self._bar.set_postfix_str(f"{rates}, {self.tokens:,} tokens", refresh=False)
             self._bar.update(size)
+
+    def reach(self, documents: int, size: int, tokens: int) -> None:
+        """Take what other processes have counted so far."""
+        self.add(documents - self.documents, size - self.bytes, tokens - self.tokens)
 
     def say(self, sentence: str) -> None:
         if self._bar is not None and self._show:

@@ -14,8 +14,8 @@ from .cleaning import Cleaning
 from .corpus import is_validation
 from .documents import Documents, MixedDocuments
 from .encoding import Encoder
+from .mixing import open_source
 from .packing import BestFitPacker, make_packer
-from .prepare import open_source
 
 READ_AHEAD = 2  # chunks that a thread has ready
 STATE_FILE = "stream_dp_rank_{}_state.json"
@@ -40,7 +40,7 @@ class PackedStream:
 
     Args:
         documents: See `corpus.read_documents`.
-        open_source: From documents and a state (None: the start) to encoded batches; see `prepare.open_source`.
+        open_source: From documents and a state (None: the start) to encoded batches; see `mixing.open_source`.
         length: Rows of all ranks over the whole run.
         validation_fraction: Documents of it are left out; see `corpus.is_validation`.
         block_size, packing, eos_token_id: See `packing.make_packer`; best_fit looks at one read's documents at a time.

@@ -1,7 +1,9 @@
 """A prepared set: whole or absent, the same bytes for the same text, refused when it is another or damaged."""
 
 import json
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +39,11 @@ def edit(directory, change) -> None:
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
+
+
+def left(directory) -> list:
+    """Return what stands in a directory, but for the log."""
+    return sorted(path.name for path in directory.iterdir() if path.name != "data_preparation_log.md")
 
 
 def files(directory) -> dict:
@@ -245,7 +252,7 @@ def test_an_empty_directory_is_filled(tmp_path):
 def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         prepared(tmp_path / "set", **options)
-    assert list(tmp_path.iterdir()) == []
+    assert left(tmp_path) == []
 
 
 def test_a_corpus_of_blank_rows_says_how_many(tmp_path):
@@ -281,7 +288,8 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path):
 
     with pytest.raises(ValueError, match="cannot be read past row 0 .No space left"):
         prepared(tmp_path / "set", failing())
-    assert list(tmp_path.iterdir()) == []
+    assert left(tmp_path) == []
+    assert "not finished: documents: cannot be read past row 0" in (tmp_path / "data_preparation_log.md").read_text()
 
 
 def test_a_kill_in_the_middle_leaves_no_set_and_the_next_run_is_undisturbed(tmp_path):
@@ -292,7 +300,7 @@ def test_a_kill_in_the_middle_leaves_no_set_and_the_next_run_is_undisturbed(tmp_
     )
     arguments = [sys.executable, "-c", code, str(tmp_path / "set"), os.path.dirname(__file__)]
     assert subprocess.run(arguments, capture_output=True).returncode == -9
-    assert not (tmp_path / "set").exists() and len(list(tmp_path.iterdir())) == 1  # the partial one, named so
+    assert left(tmp_path) == [".set.partial"]  # the partial one, named so
     prepared(tmp_path / "set")
     prepared(tmp_path / "undisturbed")
     assert files(tmp_path / "set") == files(tmp_path / "undisturbed")
@@ -306,7 +314,7 @@ def test_a_second_process_at_the_same_set_is_refused_and_the_first_one_ends_whol
         yield from TEXTS[1:]
 
     assert prepared(tmp_path / "set", overtaken()) == prepared(tmp_path / "other")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "set"]
+    assert left(tmp_path) == ["other", "set"]
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
@@ -443,3 +451,51 @@ def test_a_subset_by_documents_takes_the_first_ones(tmp_path):
         prepared(tmp_path / "other", max_tokens=0)
     with pytest.raises(ValueError, match="look at one stream of documents: set num_shards to 1"):
         prepared(tmp_path / "other", max_tokens=9, num_shards=2)
+
+
+def test_the_log_says_what_was_prepared_and_what_it_went_on_from(tmp_path):
+    path = write_corpus(tmp_path / "a.jsonl", [*TEXTS, ""])
+    manifest, _ = prepare_corpus(path, tmp_path / "set")
+    log = (tmp_path / "data_preparation_log.md").read_text()
+    train = manifest.splits["train"]
+    row = f"| train | {train['documents']:,} | {train['tokens']:,} | {train['bytes']:,} | {train['blocks']:,} |"
+    assert row in log and manifest.fingerprint in log and "null or blank 1" in log and "tokens/s" in log
+    words = [os.path.dirname(__file__), path, str(tmp_path / "killed"), "15", "concat"]
+    subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True)
+    prepare_corpus(path, tmp_path / "killed")
+    killed = (tmp_path / "data_preparation_log.md").read_text()
+    assert killed.startswith(log) and "## killed, " in killed
+    assert re.search(r"Went on from [1-9]\d* finished shards: rows of 16, concat", killed)
+
+
+def test_a_worker_that_is_killed_is_one_sentence_with_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents_module, "PART_BYTES", 2_000)
+    source = {"data_files": [write_corpus(tmp_path / "a.jsonl")]}
+    ended = []
+
+    def killed(self, *counts):
+        if not ended:
+            ended.append(multiprocessing.active_children()[0])
+            os.kill(ended[0].pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Progress, "reach", killed)
+    with pytest.raises(ValueError, match="a process that prepared was killed after 0 documents, .* num_proc below 2"):
+        prepare(read_documents(**source), TOKENIZER, 16, tmp_path / "set", SOURCE, 0.1, progress=False, num_proc=2)
+    monkeypatch.undo()
+    assert ended
+
+
+def test_the_bar_moves_while_processes_prepare(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents_module, "PART_BYTES", 2_000)
+    source = {"data_files": [write_corpus(tmp_path / "a.jsonl", TEXTS * 5)]}
+    reached, reach = [], Progress.reach
+
+    def watched(self, *counts):
+        reach(self, *counts)
+        reached.append((self.documents, self.bytes, self.tokens))
+
+    monkeypatch.setattr(Progress, "reach", watched)
+    made = prepare(read_documents(**source), TOKENIZER, 16, tmp_path / "set", SOURCE, 0, progress=False, num_proc=2)
+    train = made.splits["train"]
+    assert reached[-1][0] == train["documents"] == len(TEXTS) * 5 and reached[-1][2] == train["tokens"]
+    assert reached == sorted(reached) and len(reached) > 2

@@ -1,0 +1,125 @@
+"""Workers: the parts of a set, written by this process or shared out over several of this machine."""
+
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import shards
+from .cleaning import Cleaning, Seen
+from .corpus import is_validation
+from .encoding import Disagreement, Encoder
+from .feed import Feed, Limits
+from .manifest import Manifest
+from .mixing import open_source
+from .partial import TOKENIZERS_ONLY
+from .progress import Progress
+
+SECONDS_BETWEEN_LOOKS = 0.2  # at what the processes have done, for the bar
+_counts = None  # in a worker's process: documents, bytes and tokens of each worker, for the bar
+
+
+@dataclass
+class Work:
+    """What every worker needs; pickled for those in processes of their own."""
+
+    directory: Path
+    parts: list
+    tokenizer: object
+    manifest: Manifest
+    tokenizer_backend: str
+    limits: Limits = field(default_factory=Limits)
+    cleaning: Cleaning = field(default_factory=Cleaning)
+
+    @property
+    def fallen_back(self) -> Path:
+        """Stands there once tokie disagreed in the middle: what it had encoded is done again by `tokenizers`."""
+        return self.directory / TOKENIZERS_ONLY
+
+    def write(self, numbers: Iterable[int], progress: Progress) -> None:
+        """Write these parts; the whole of what this worker did is done again where tokie disagrees on the way."""
+        numbers = list(numbers)
+        try:
+            self.write_once(numbers, progress)
+        except Disagreement as error:
+            progress.say(f"tokenizer: from the start again with `tokenizers` itself, not the faster tokie: {error}.")
+            self.write_once(numbers, progress)
+
+    def write_once(self, numbers: list[int], progress: Progress) -> None:
+        """Write these parts. Raises Disagreement where tokie disagrees on the way; the next time does without it."""
+        backend = "tokenizers" if self.fallen_back.exists() else self.tokenizer_backend
+        encode = Encoder(self.tokenizer, backend, progress.say)
+        if backend != self.tokenizer_backend:
+            self._forget(numbers)
+        try:
+            for number in numbers:
+                self._write_part(number, encode, progress)
+        except Disagreement as error:
+            if self.tokenizer_backend == "tokie":
+                raise ValueError(f"tokenizer_backend tokie cannot serve: {error}; set it to auto.") from None
+            shards.write_json(self.fallen_back, str(error))
+            raise
+
+    def _forget(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            for at, record in enumerate(shards.records(self.directory, number)):
+                if record["backend"] != "tokenizers":
+                    (self.directory / f"shard-{number:05d}-{at:05d}.json").unlink()
+                    (self.directory / f"counts-{number:05d}-{at:05d}.npy").unlink()
+
+    def _write_part(self, number: int, encode: Encoder, progress: Progress) -> None:
+        def open_feed(state: dict | None, shard: int) -> Feed:
+            seen = Seen(self.directory / f"seen-{number:05d}.sqlite", shard) if self.cleaning.deduplicate else None
+            source = open_source(self.parts[number], encode, self.cleaning, seen, (state or {}).get("source"))
+            return Feed(source, self.limits, self._is_held_out, seen, state)
+
+        shards.write_part(self.directory, number, open_feed, self.manifest, lambda: encode.backend, progress.tick)
+
+    def _is_held_out(self, text: str) -> bool:
+        return is_validation(text, self.manifest.validation_fraction)
+
+
+def write_parts(work: Work, shard_index: int, num_shards: int, num_proc: int, progress: Progress) -> None:
+    """Write this machine's parts of the set, in num_proc processes.
+
+    Raises:
+        ValueError: A process was killed, and what the parts' own reading and encoding raises.
+    """
+    numbers = range(shard_index, len(work.parts), num_shards)
+    num_proc = min(num_proc, len(numbers))
+    with progress:
+        if num_proc < 2:
+            work.write(numbers, progress)
+            return
+        context = multiprocessing.get_context("spawn")
+        counts = context.Array("q", 3 * num_proc, lock=False)
+        with ProcessPoolExecutor(num_proc, context, _see_counts, (counts,)) as pool:
+            shares = [pool.submit(_write_share, work, numbers, at, num_proc) for at in range(num_proc)]
+            while wait(shares, SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION).not_done and not _failed(shares):
+                progress.reach(*(sum(counts[at::3]) for at in range(3)))
+            try:
+                for share in shares:
+                    share.result()
+            except BrokenProcessPool:
+                raise ValueError(
+                    f"a process that prepared was killed after {progress.documents:,} documents, most often for want "
+                    f"of memory: start again to go on from the last finished shard, num_proc below {num_proc}."
+                ) from None
+        progress.reach(*(sum(counts[at::3]) for at in range(3)))
+
+
+def _failed(shares: list) -> bool:
+    return any(share.done() and share.exception() is not None for share in shares)
+
+
+def _see_counts(counts) -> None:
+    global _counts
+    _counts = counts
+
+
+def _write_share(work: Work, numbers: range, at: int, num_proc: int) -> None:
+    os.environ["RAYON_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_proc))
+    work.write(numbers[at::num_proc], Progress(False, None, print, counts=(_counts, 3 * at)))
