@@ -2,7 +2,7 @@
 
     from data.datatrove_step import MergePackedSet, PackedSetWriter     # installed: smolpretrain.data.datatrove_step
 
-    writer = PackedSetWriter("prepared/web", "HuggingFaceTB/SmolLM2-135M", source="FineWeb 2024-10, Gopher's quality")
+    writer = PackedSetWriter("prepared/web", "HuggingFaceTB/SmolLM2-135M", source="our crawl, Gopher's quality rules")
     pack = LocalPipelineExecutor([JsonlReader("web/"), GopherQualityFilter(), writer], tasks=8, logging_dir="logs/pack")
     LocalPipelineExecutor([MergePackedSet("prepared/web")], depends=pack, logging_dir="logs/merge").run()
 

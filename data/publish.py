@@ -135,11 +135,13 @@ def push(publication: Publication, prepared_dir: str, manifest: Manifest) -> str
 
     try:
         persist(commit, name)
-    except ValueError as error:
+    except (ValueError, OSError, RuntimeError) as error:  # the last two are hf-xet's, which has retried by then
         command = f"python data/prepare.py --push_to_hub {name} prepared_dir={prepared_dir}"
         command += " --public" * publication.public
         command += f" --license {publication.license}" if publication.license else ""
-        raise NotUploaded(f"{prepared_dir} is whole, but not on the Hub: {error} Then: {command}") from error
+        raise NotUploaded(
+            f"{prepared_dir} is whole, but not on the Hub: {_one_line(error)}. Then: {command}"
+        ) from error
     return f"{api.endpoint}/datasets/{name}"
 
 
@@ -184,4 +186,4 @@ def _refusal(status: int, error: HfHubHTTPError) -> str:
 
 
 def _one_line(error) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:200]
+    return " ".join(str(error).split()).rstrip(".")[:300]

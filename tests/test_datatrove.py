@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,21 +24,16 @@ from smolpretrain.data.manifest import Manifest, verify
 from smolpretrain.data.prepare import load_unigram_counts, load_validation_documents
 from smolpretrain.data.tokenization import encode_documents, load_tokenizer, train_tokenizer
 
-TEXTS = [[f"Shard {shard}, document {row}: " + "the cat sat on the mat. " * (row % 9) for row in range(200)]
+TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
+WORDS = [word for word in (ROOT / "LICENSE").read_text(encoding="utf-8").split() if word.isalpha()]
+TEXTS = [[f"Shard {shard}, document {row}: " + " ".join(WORDS[row : row + 60 * (row % 5 > 0)]) for row in range(200)]
          for shard in range(3)]  # fmt: skip
-KEPT = [text for shard in (0, 2, 1) for text in TEXTS[shard] if "document 7" not in text]  # task 0 reads 0 and 2
-PIPELINE = """
+KEPT = [text for shard in (0, 2, 1) for text in TEXTS[shard] if len(text) > 50]  # Gopher's; task 0 reads 0 and 2
+SMALL = """
 import os, signal, sys
-
-from datatrove.executor import LocalPipelineExecutor
-from datatrove.pipeline.filters import LambdaFilter
-from datatrove.pipeline.readers import JsonlReader
-
-sys.path.insert(0, {root!r})
 from data import readers, shards
-from data.datatrove_step import MergePackedSet, PackedSetWriter
 
-readers.READ_BYTES, shards.SHARD_BYTES = 1000, 3000  # several shards a part: there is one to go on from
+readers.READ_BYTES, shards.SHARD_BYTES = 5000, 20000  # several shards a part: there is one to go on from
 
 
 def die_once(data, rank, world_size):
@@ -47,32 +43,41 @@ def die_once(data, rank, world_size):
         yield document
 
 
-if __name__ == "__main__":
-    name = sys.argv[1]
-    writer = PackedSetWriter(name, "tokenizer", source="cats", block_size=32, validation_fraction=0.1)
-    steps = [JsonlReader("text"), LambdaFilter(lambda document: "document 7" not in document.text), die_once, writer]
-    workers = 1 if len(sys.argv) > 2 else 2
-    pack = LocalPipelineExecutor(steps, tasks=2, workers=workers, logging_dir="logs/" + name)
-    LocalPipelineExecutor([MergePackedSet(name)], depends=pack, logging_dir="logs/merge-" + name).run()
-"""
+if __name__"""
+
+
+def readme_pipeline() -> str:
+    """README's own pipeline: two tasks, the set named on the command line, and a way to die."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "PackedSetWriter" in block)
+    changes = {"if __name__": SMALL, '"prepared/web"': "sys.argv[1]", "Filter(), writer": "Filter(), die_once, writer"}
+    changes |= {"tasks=8": "tasks=2, workers=2 if sys.argv[1] == 'packed' else 1"}
+    changes |= {f'"logs/{name}"': f'"logs/{name}-" + sys.argv[1]' for name in ("pack", "merge")}
+    changes |= {
+        'Writer(sys.argv[1], "Hug': 'Writer(sys.argv[1], block_size=32, validation_fraction=0.1, tokenizer_name="Hug'
+    }
+    for old, new in changes.items():
+        assert old in code, old
+        code = code.replace(old, new)
+    return code
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """Three files of text, a tokenizer, and the pipeline as a user writes it."""
+    """Three files of text, a tokenizer, and README's pipeline."""
     top = tmp_path_factory.mktemp("datatrove")
-    (top / "text").mkdir()
+    (top / "web").mkdir()
     for number, texts in enumerate(TEXTS):
         lines = [json.dumps({"text": text, "id": str(row)}) for row, text in enumerate(texts)]
-        (top / "text" / f"{number:05d}.jsonl").write_text("\n".join(lines))
-    train_tokenizer(KEPT, 320).save_pretrained(top / "tokenizer")
-    (top / "pipeline.py").write_text(PIPELINE.format(root=str(ROOT)))
+        (top / "web" / f"{number:05d}.jsonl").write_text("\n".join(lines))
+    train_tokenizer(KEPT, 320).save_pretrained(top / TOKENIZER)
+    (top / "pipeline.py").write_text(readme_pipeline())
     return top
 
 
 @pytest.fixture(scope="module")
 def packed(here, launch):
-    launch("python", "pipeline.py", "packed", cwd=here)
+    launch("python", "pipeline.py", "packed", cwd=here, PYTHONPATH=str(ROOT))
     return here / "packed"
 
 
@@ -94,41 +99,48 @@ def test_two_tasks_write_one_set_of_what_the_filters_let_through(packed):
     first = np.concatenate(list(first))
     assert first.tolist() == train[: len(first)].tolist()
     assert list(load_validation_documents(packed)) == [text for text in KEPT if is_validation(text, 0.1)]
-    assert manifest.source == {"pipeline": "cats", "tasks": 2}
+    assert manifest.source == {"pipeline": "our crawl, Gopher's quality rules", "tasks": 2}
     assert len({name[:11] for name in manifest.splits["train"]["files"] if "tail" not in name}) == 2  # both parts
 
 
 def test_a_killed_task_goes_on_and_the_set_is_the_same_byte_for_byte(here, packed, launch):
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    killed = subprocess.Popen([sys.executable, "pipeline.py", "again", "die"], cwd=here, **silent)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.Popen([sys.executable, "pipeline.py", "again", "die"], cwd=here, env=environment, **silent)
     assert killed.wait(timeout=300) == -signal.SIGKILL
     os.killpg(killed.pid, signal.SIGKILL)  # datatrove's manager process outlives it
     partial = here / ".again.partial"
     before = {path.name: path.stat().st_mtime_ns for path in partial.glob("shard-*.json")}
     assert len([name for name in before if name.startswith("shard-00001")]) >= 1
-    assert os.listdir(here / "logs" / "again" / "completions") == ["00000"]
+    assert os.listdir(here / "logs" / "pack-again" / "completions") == ["00000"]
     kept = {name: (partial / "set" / f"train-{name[6:17]}.arrow").stat().st_ino for name in before}
-    done = launch("python", "pipeline.py", "again", cwd=here)
+    done = launch("python", "pipeline.py", "again", cwd=here, PYTHONPATH=str(ROOT))
     assert "Skipping 1 already completed tasks" in done.stderr
     assert kept == {name: (here / "again" / f"train-{name[6:17]}.arrow").stat().st_ino for name in before}
     assert files(here / "again") == files(packed)
 
 
 def test_more_tasks_than_files_leave_empty_parts(here, tmp_path):
-    writer = PackedSetWriter(str(tmp_path / "set"), str(here / "tokenizer"), "cats", 32, "best_fit", 0)
-    run(tmp_path / "logs", [JsonlReader(str(here / "text"), limit=5), writer], tasks=4)
+    writer = PackedSetWriter(str(tmp_path / "set"), str(here / TOKENIZER), "cats", 32, "best_fit", 0)
+    run(tmp_path / "logs", [JsonlReader(str(here / "web"), limit=5), writer], tasks=4)
     run(tmp_path / "merge", [MergePackedSet(str(tmp_path / "set"))])
     manifest = verify(tmp_path / "set")
     assert manifest.splits["train"]["documents"] == 15 and manifest.packing == "best_fit"
-    run(tmp_path / "logs again", [JsonlReader(str(here / "text"), limit=5), writer], tasks=4)
+    run(tmp_path / "logs again", [JsonlReader(str(here / "web"), limit=5), writer], tasks=4)
     run(tmp_path / "merge again", [MergePackedSet(str(tmp_path / "set"))])  # found whole, twice
 
 
 def test_what_cannot_be_is_refused(here, tmp_path, monkeypatch):
-    reader = JsonlReader(str(here / "text"), limit=5)
+    reader = JsonlReader(str(here / "web"), limit=5)
 
     def writer(**options):
-        return PackedSetWriter(str(tmp_path / "set"), str(here / "tokenizer"), "cats", validation_fraction=0, **options)
+        return PackedSetWriter(
+            str(tmp_path / "set"),
+            str(here / TOKENIZER),
+            "cats",
+            validation_fraction=0,
+            **options,
+        )
 
     merge = MergePackedSet(str(tmp_path / "set"))
     with pytest.raises(ValueError, match="set is not a prepared set"):
@@ -153,8 +165,8 @@ def test_documents_that_come_once_are_never_lost_where_the_faster_tokenizer_disa
         if len(checks) == 2:  # in the middle of the first task
             raise encoding.Disagreement("it gives other ids")
 
-    writer = PackedSetWriter(str(tmp_path / "set"), str(here / "tokenizer"), "cats", 16, validation_fraction=0)
-    reader, merge = JsonlReader(str(here / "text")), MergePackedSet(str(tmp_path / "set"))
+    writer = PackedSetWriter(str(tmp_path / "set"), str(here / TOKENIZER), "cats", 16, validation_fraction=0)
+    reader, merge = JsonlReader(str(here / "web")), MergePackedSet(str(tmp_path / "set"))
     monkeypatch.setattr(encoding.Encoder, "_check", disagree)
     monkeypatch.setattr(readers, "READ_BYTES", 2000)
     with pytest.raises(ValueError, match=r"documents come once; run it again with skip_completed=False"):
@@ -167,7 +179,7 @@ def test_documents_that_come_once_are_never_lost_where_the_faster_tokenizer_disa
 
 
 def test_what_datatrove_writes_is_read_as_it_is(here, tmp_path):
-    keep = LambdaFilter(lambda document: "document 7" not in document.text)
-    run(tmp_path / "logs", [JsonlReader(str(here / "text")), keep, JsonlWriter(str(tmp_path / "clean"))], tasks=2)
+    keep = LambdaFilter(lambda document: len(document.text) > 50)
+    run(tmp_path / "logs", [JsonlReader(str(here / "web")), keep, JsonlWriter(str(tmp_path / "clean"))], tasks=2)
     assert sorted(os.listdir(tmp_path / "clean")) == ["00000.jsonl.gz", "00001.jsonl.gz"]
     assert list(read_documents(data_files=str(tmp_path / "clean" / "*.jsonl.gz"))) == KEPT

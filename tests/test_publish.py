@@ -215,6 +215,13 @@ def test_a_permanent_refusal_is_one_sentence_asked_once(
         assert [title for _, title in here.repos["dataset", name].log] == ["initial commit"]
 
 
+def test_what_breaks_in_xet_is_one_sentence_too(here, published, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)  # which this Hub does not speak: hf-xet fails for real
+    error = refusal(capsys, "prepared_dir=set", "--push_to_hub=user/xet", status=6)
+    assert "set is whole, but not on the Hub: " in error and "Then: python data/prepare.py" in error
+    assert [title for _, title in here.repos["dataset", "user/xet"].log] == ["initial commit"]
+
+
 def test_what_passes_is_waited_for_and_what_stays_is_given_up(here, published, capsys, monkeypatch):
     waits = []
     monkeypatch.setattr(publish.time, "sleep", waits.append)
