@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -157,13 +158,19 @@ def verify(prepared_dir: str | os.PathLike, sha256: bool = False) -> Manifest:
     """
     manifest = Manifest.load(prepared_dir)
     remedy = f"delete {prepared_dir} and prepare it again."
+    hashed = {}
+    if sha256:
+        paths = {name: Path(prepared_dir, name) for name in manifest.files if Path(prepared_dir, name).is_file()}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
+            described = pool.map(describe_file, paths.values())
+            hashed = {name: found["sha256"] for name, found in zip(paths, described, strict=True)}
     for name, entry in manifest.files.items():
         path = Path(prepared_dir, name)
         if not path.is_file():
             raise ValueError(f"{path} is missing from the prepared set; {remedy}")
         if (size := path.stat().st_size) != entry["bytes"]:
             raise ValueError(f"{path} is damaged: it holds {size} bytes, its manifest says {entry['bytes']}; {remedy}")
-        if sha256 and (found := describe_file(path)["sha256"]) != entry["sha256"]:
+        if sha256 and (found := hashed[name]) != entry["sha256"]:
             raise ValueError(
                 f"{path} is damaged: its sha256 is {found[:16]}, its manifest says {entry['sha256'][:16]}; {remedy}"
             )

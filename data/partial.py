@@ -40,7 +40,7 @@ def prepared_already(target: Path, wanted: Manifest) -> Manifest | None:
     if wanted.source is None:
         wanted = replace(wanted, source=found.source, options=wanted.options or found.options)
     check_identity(found, wanted, target)
-    verify(target)
+    verify(target, sha256=True)
     found.reused = True
     shutil.rmtree(partial_of(target), ignore_errors=True)  # killed just after its rename
     return found
