@@ -74,12 +74,20 @@ def _mixed(mixture: list[dict], seed: int, streaming: bool, bad_rows: str) -> Mi
             made.sources.append(read_documents(**source, streaming=streaming, bad_rows=bad_rows))
         except ValueError as error:
             raise ValueError(f"mixture[{number}]: {error}") from error
-        names = source.get("data_files") or [source.get("dataset_name"), source.get("dataset_config_name")]
-        made.names.append(" ".join(map(str, filter(None, [names] if isinstance(names, str) else names))) or "built-in")
+        made.names.append(_short_name(source))
         made.weights.append(weight)
         made.max_epochs.append(max_epochs)
     made.weights = [weight / sum(made.weights) for weight in made.weights]
     return made
+
+
+def _short_name(source: dict) -> str:
+    """Name a source for people: no path of this machine, as the name stands in the manifest."""
+    if files := source.get("data_files"):
+        return " ".join(map(os.path.basename, [files] if isinstance(files, str) else files))
+    name = source.get("dataset_name") or "built-in"
+    name = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
+    return f"{name} {config}" if (config := source.get("dataset_config_name")) else name
 
 
 def _entry(entry: dict) -> tuple[dict, float, int]:

@@ -36,7 +36,7 @@ def make_card(manifest: Manifest, name: str, license: str | None) -> DatasetCard
     sections.append(
         f"## Licence\n\n{license}, as its publisher states."
         if license
-        else "## Licence\n\nNot stated by its publisher: the terms of the source above apply."
+        else "## Licence\n\nNot stated by its publisher: see what its source allows."
     )
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
@@ -45,7 +45,7 @@ def _summary(manifest: Manifest, name: str) -> str:
     tokens = sum(entry["tokens"] for entry in manifest.splits.values())
     return (
         f"# {name.split('/')[-1]}\n\nText as token ids for pre-training a causal language model: {tokens:,} tokens in "
-        f"rows of {manifest.block_size}, made by [smolpretrain](https://pypi.org/project/smolpretrain) and checked "
+        f"rows of {manifest.block_size}, made by smolpretrain and checked "
         f"byte for byte against `manifest.json`. Fingerprint `{manifest.fingerprint}`: equal for equal sets, anywhere."
     )
 

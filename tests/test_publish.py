@@ -99,10 +99,25 @@ def test_the_card_says_what_the_manifest_says(hub, published, corpus_file):
     assert [text for text in said if text not in body] == []
 
 
-def test_nothing_that_is_pushed_names_this_machine_or_the_token(hub, published, corpus_file, home):
-    for name, content in hub.repos["dataset", "user/set"].files().items():
-        for secret in ("hf_loopback", str(home), str(corpus_file.parent), str(ROOT)):
-            assert secret.encode() not in content, (name, secret)
+def test_nothing_that_is_pushed_names_this_machine_or_the_token(here, published, corpus_file, home):
+    evaluation, texts, more = (home / name for name in ("evaluation", "texts", "more"))
+    for directory in (evaluation, texts, more):
+        directory.mkdir()
+    lines = corpus_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    (evaluation / "bench.jsonl").write_text("".join(lines[:5]))
+    (texts / "bad.jsonl").write_text(json.dumps({"text": 3}) + "\n" + "".join(lines))
+    (more / "more.jsonl").write_text("".join(reversed(lines)))
+    mixture = [{"data_files": str(texts / "bad.jsonl"), "weight": 1}, {"dataset_name": str(more), "weight": 1}]
+    main([f"mixture={json.dumps(mixture)}", "prepared_dir=mixed", "bad_rows=skip", *KEYS,
+          f"decontaminate={json.dumps([str(evaluation / '*.jsonl')])}", "--push_to_hub", "user/mixed"])  # fmt: skip
+    assert {"decontaminated-00000-00000.jsonl", "tokenizer/tokenizer_config.json"} <= set(
+        here.repos["dataset", "user/mixed"].files()
+    )
+    assert b"bad.jsonl" in here.repos["dataset", "user/mixed"].files()["README.md"]
+    for repository in ("user/mixed", "user/set"):
+        for name, content in here.repos["dataset", repository].files().items():
+            for secret in ("hf_loopback", str(home), str(corpus_file.parent), str(ROOT)):
+                assert secret.encode() not in content, (repository, name, secret)
 
 
 def test_a_licence_is_never_guessed_and_a_mixture_names_its_sources(published):
