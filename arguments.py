@@ -180,6 +180,13 @@ class PretrainArguments(TrainingArguments):
         default=10_000, metadata={"help": "Held-out documents scored at the end of the run, evenly spaced."}
     )
     sample_steps: int = field(default=500, metadata={"help": "Steps between sample continuations; 0 writes none."})
+    sample_prompts: str | None = field(
+        default=None, metadata={"help": "Text file of prompts, one a line, to be continued. Default: ten of our own."}
+    )
+    trackio_static_space_id: str | bool | None = field(
+        default=False,
+        metadata={"help": "A name has trackio publish its dashboard as a public Space at a push; false never does."},
+    )
     loss_chunk_tokens: int | None = field(
         default=None,
         metadata={
@@ -202,6 +209,9 @@ class PretrainArguments(TrainingArguments):
             ds_configs.check(self)
             ds_configs.stand_alone()
         super().__post_init__()
+        for name in self.report_to:
+            if name in ("trackio", "tensorboard", "wandb") and find_spec(name) is None:
+                raise ValueError(f"report_to = {name} needs {name}, which is not installed: pip install {name}.")
         if self.n_gpu > 1:
             raise ValueError(
                 f"one process sees {self.n_gpu} GPUs: launch with `deepspeed run_pretrain.py ...`, which uses them "

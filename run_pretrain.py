@@ -34,16 +34,18 @@ if __package__:
     from .arguments import DataArguments, ModelArguments, PretrainArguments
     from .command_line import parse_args
     from .data import corpus, packing, prepare, stream, tokenization
-    from .eval import perplexity
+    from .eval import generation, judge
+    from .eval import report as run_report
     from .planning import start
-    from .training import checkpoints, divergence, guards, loss, model, record, trainer
+    from .training import checkpoints, divergence, guards, held_out, loss, model, record, trainer
 else:
     from arguments import DataArguments, ModelArguments, PretrainArguments
     from command_line import parse_args
     from data import corpus, packing, prepare, stream, tokenization
-    from eval import perplexity
+    from eval import generation, judge
+    from eval import report as run_report
     from planning import start
-    from training import checkpoints, divergence, guards, loss, model, record, trainer
+    from training import checkpoints, divergence, guards, held_out, loss, model, record, trainer
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
 NOT_ARCHITECTURE = {"transformers_version", "use_cache", "_name_or_path", "dtype", "architectures"}
@@ -208,10 +210,21 @@ def build_model(model_args, data_args, args, config):
     return network, zero3
 
 
-def make_trainer(network, zero3, data_args, args, tokenizer, sets):
+def make_trainer(network, zero3, data_args, args, tokenizer, sets, prepared_dir):
     """Network, rows, collator and record in one Trainer."""
     flash = network.config._attn_implementation == "flash_attention_2"
-    log = record.Record(args.output_dir, tokenizer, args.device, zero3)
+    terms = start.utilization_terms(network.config.to_dict(), data_args.block_size, args.device)
+    if RANK == 0:
+        record.write_run(args.output_dir, **terms)
+    log = record.Record(
+        args.output_dir,
+        tokenizer,
+        args.device,
+        zero3,
+        generation.read_prompts(args.sample_prompts),
+        terms["flops_per_token"],
+        terms["peak_flops"],
+    )
     made = trainer.PretrainTrainer(
         model=network,
         args=args,
@@ -223,50 +236,31 @@ def make_trainer(network, zero3, data_args, args, tokenizer, sets):
         ),
         callbacks=[log],
     )
-    made.divergence.tell = log.tell_bad_step
+    made.divergence.tell, made.measure = log.tell_bad_step, log.measure
+    if len(sets[1]):
+        texts = islice(prepare.load_validation_documents(prepared_dir), 64)
+        made.bytes_per_token = held_out.bytes_per_token(tokenizer, list(texts))
     made.remove_callback(ProgressCallback)
     made.remove_callback(PrinterCallback)
     return made, log
 
 
-def judge(args, tokenizer, prepared_dir, window):
+def score_held_out(args, tokenizer, prepared_dir, window):
     """Score held-out documents with the exported model, with its random twin and with a unigram model.
 
-    The window is a training row: positions past it were never trained. Every rank scores its share and gets all
-    three results.
+    The window is a training row: positions past it were never trained.
     """
     unset_hf_deepspeed_config()  # or ZeRO-3 would split these models too
-    held_out = prepare.Manifest.load(prepared_dir).splits["validation"]["documents"]
-    spaced = islice(prepare.load_validation_documents(prepared_dir), 0, None, -(-held_out // args.max_eval_documents))
-    mine = list(islice(spaced, RANK, None, args.world_size))
+    documents = prepare.Manifest.load(prepared_dir).splits["validation"]["documents"]
+    spaced = islice(prepare.load_validation_documents(prepared_dir), 0, None, -(-documents // args.max_eval_documents))
     dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
-    sums = {}
-    for name in ("trained", "random"):
-        if name == "trained":
-            network = AutoModelForCausalLM.from_pretrained(args.output_dir, dtype=dtype)
-        else:
-            network = model.random_model(AutoConfig.from_pretrained(args.output_dir), args.seed, None).to(dtype)
-        sums[name] = perplexity.score_documents(
-            network.to(args.device),
-            tokenizer,
-            mine,
-            window=window,
-            progress=RANK == 0 and not args.disable_tqdm,
-        )
-        del network
-        free_memory()
-    sums["unigram"] = perplexity.unigram_nll(prepare.load_unigram_counts(prepared_dir), tokenizer, mine)
-    gathered = [sums]
-    if args.world_size > 1:
-        gathered = [None] * args.world_size
-        dist.all_gather_object(gathered, sums)
-    return {name: perplexity.summarize(perplexity.merge([part[name] for part in gathered])) for name in sums}
-
-
-def free_memory():
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    config = AutoConfig.from_pretrained(args.output_dir)
+    models = {
+        "trained": lambda: AutoModelForCausalLM.from_pretrained(args.output_dir, dtype=dtype).to(args.device),
+        "random": lambda: model.random_model(config, args.seed, None).to(args.device, dtype),
+    }
+    counts = prepare.load_unigram_counts(prepared_dir)
+    return judge.judge(models, counts, tokenizer, list(spaced), window, not args.disable_tqdm)
 
 
 def report(args, log, results, tokens_seen, skipped_steps):
@@ -288,6 +282,7 @@ def report(args, log, results, tokens_seen, skipped_steps):
             f"{results['trained']['stride']}."
         )
     record.write_run(args.output_dir, result=result)
+    run_report.write_report(args.output_dir)
     say(f"done: {rate}. The model is in {args.output_dir}; training_log.md and report/ there say how it went.")
 
 
@@ -301,6 +296,7 @@ def main(argv=None):
         share = args.stream_share() if data_args.trains_from_stream else None
         config = model.load_config(model_args.model_name, model_args.config_overrides)
         model.choose_attention(model_args.attn_implementation, args.device, config)
+        generation.read_prompts(args.sample_prompts)
         tokenizer, prepared_dir = prepare_data(model_args, data_args, args, config)
         sets = load_sets(data_args, args, tokenizer, prepared_dir, share)
     except (ValueError, OSError) as error:
@@ -320,7 +316,7 @@ def main(argv=None):
         if debug:
             raise
         fail(error)
-    made, log = make_trainer(network, zero3, data_args, args, tokenizer, sets)
+    made, log = make_trainer(network, zero3, data_args, args, tokenizer, sets, prepared_dir)
     made.same = same
     if RANK == 0:
         record.write_run(args.output_dir, parameters=get_model_param_count(made.model))
@@ -340,7 +336,9 @@ def main(argv=None):
     made.export()
     del made
     gc.collect()
-    results = judge(args, tokenizer, prepared_dir, data_args.block_size) if data_args.validation_fraction else None
+    results = None
+    if data_args.validation_fraction:
+        results = score_held_out(args, tokenizer, prepared_dir, data_args.block_size)
     if RANK == 0:
         report(args, log, results, tokens_seen, skipped_steps)
     if dist.is_initialized():

@@ -58,6 +58,7 @@ class Candidate:
 
     def __init__(self, word):
         kind, colon, rest = word.partition(":")
+        kind = "random_init" if kind == "random" else kind
         self.name = rest if colon and kind in KINDS else word
         self.kind = kind if colon and kind in KINDS else self._kind()
         path = Path(self.name)

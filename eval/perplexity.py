@@ -217,12 +217,13 @@ def add_up(each, settings):
     return dict(zip(SUMS, (float(nll), *map(int, counts), scored, len(each) - scored), strict=True)) | settings
 
 
-def unigram_nll(counts, tokenizer, documents, prefix="auto"):
+def unigram_nll(counts, tokenizer, documents, prefix="auto", each=False):
     """Sums as of score_documents (window, stride None) under add-one smoothed token counts, int64 [vocabulary]."""
-    prefix, ids, each = encode(tokenizer, documents, prefix, len(counts))
+    prefix, ids, sums = encode(tokenizer, documents, prefix, len(counts))
     nats = np.log(np.sum(counts) + len(counts)) - np.log(np.asarray(counts) + 1.0)
-    each[:, 0] = [nats[row[1:]].sum() for row in ids]
-    return add_up(each, {"window": None, "stride": None, "prefix": prefix})
+    sums[:, 0] = [nats[row[1:]].sum() for row in ids]
+    used = {"window": None, "stride": None, "prefix": prefix}
+    return (sums, used) if each else add_up(sums, used)
 
 
 def merge(parts):

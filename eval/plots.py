@@ -10,7 +10,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
@@ -67,34 +67,36 @@ def plot_bars(path, title, unit, rows, log=True):
 def plot_loss(path, trained, held_out):
     """Loss against tokens, learning rate below; rows of metrics.jsonl that have `loss`, and those with `eval_loss`."""
     with drawing(path, 2, (3, 1), 4.2) as (top, bottom):
-        top.plot(*_series(trained, "loss"), color=COLOURS[0], lw=1, label="training")
+        top.plot(*series(trained, "loss"), color=COLOURS[0], lw=1, label="training")
         if held_out:
-            top.plot(*_series(held_out, "eval_loss"), "o-", ms=4, color=COLOURS[1], label="held out")
-        bottom.plot(*_series(trained, "learning_rate"), color=COLOURS[2])
+            top.plot(*series(held_out, "eval_loss"), "o-", ms=4, color=COLOURS[1], label="held out")
+        bottom.plot(*series(trained, "learning_rate"), color=COLOURS[2])
         top.set_ylabel("loss (nats/token)")
         top.legend(frameon=False)
         bottom.set_ylabel("learning\nrate")
         _tokens_axis(bottom)
 
 
-def plot_series(path, title, unit, series, log=False):
-    """Lines against tokens seen; series: {label: (tokens, values)}."""
-    with drawing(path) as (axis,):
-        for number, (label, (tokens, values)) in enumerate(series.items()):
-            mark = MARKS[number % len(MARKS)] if len(tokens) < 30 else None
-            axis.plot(tokens, values, marker=mark, ms=4, color=COLOURS[number % len(COLOURS)], lw=1.2, label=label)
-        if len(series) > 1:
-            axis.legend(frameon=False)
-        if log:
-            axis.set_yscale("log")
-        else:
-            axis.set_ylim(bottom=0)
-        axis.set_ylabel(unit)
-        axis.set_title(title)
-        _tokens_axis(axis)
+def plot_lines(path, panels, log=False):
+    """Lines against tokens seen, panels one above another; panels: [(unit, {label: (tokens, values)}), ...]."""
+    with drawing(path, len(panels), (1,) * len(panels), 1.6 + 1.4 * len(panels)) as axes:
+        for axis, (unit, lines) in zip(axes, panels, strict=True):
+            for number, (label, (tokens, values)) in enumerate(lines.items()):
+                mark = MARKS[number % len(MARKS)] if len(tokens) < 30 else None
+                colour = COLOURS[number % len(COLOURS)]
+                axis.plot(tokens, values, marker=mark, ms=4, color=colour, lw=1.2, label=label)
+            if len(lines) > 1:
+                axis.legend(frameon=False, ncols=4)
+            if log:
+                axis.set_yscale("log")
+                axis.yaxis.set_minor_formatter(LogFormatter())
+                axis.yaxis.set_major_formatter(LogFormatter())
+            axis.set_ylabel(unit)
+        _tokens_axis(axes[-1])
 
 
-def _series(rows, key):
+def series(rows, key):
+    """(tokens seen, values) of the rows that have the key."""
     rows = [row for row in rows if row.get(key) is not None]
     return [row["tokens_seen"] for row in rows], [row[key] for row in rows]
 

@@ -133,7 +133,7 @@ def test_the_log_is_tables_that_render_with_samples_between(readme_run):
             assert before == "" and line.startswith("| step ")
         if line.startswith("|"):
             assert line.count("|") == 8
-    assert sum(line.startswith("- **Once upon a time**") for line in lines) >= 2
+    assert sum(line.startswith("- **Photosynthesis is the process by which**") for line in lines) >= 2
     picture = (readme_run[0] / "report" / "loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 

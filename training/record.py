@@ -1,4 +1,4 @@
-"""What happened: metrics.jsonl for programs, training_log.md and a loss curve for people, a bar for the one waiting."""
+"""What happened: metrics.jsonl and samples.jsonl for programs, training_log.md for people, a bar for who waits."""
 
 import json
 import math
@@ -11,11 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-SAMPLE_PROMPTS = ("Once upon a time", "The most important thing about learning is", "Return a list of")
-SAMPLE_TOKENS = 48
+SAMPLE_TOKENS, PROMPTS_IN_LOG = 48, 3
 _RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets", "tokenizers")
 _HEADER = (
     "| step | loss (nats/token) | learning rate | gradient norm | tokens seen | tokens/s | peak memory (GiB) |\n"
@@ -61,11 +61,19 @@ def peak_memory_gib(device):
 
 
 class Record(TrainerCallback):
-    """Writes the record of a run into output_dir. The first rank writes; under ZeRO-3 all ranks sample together."""
+    """Writes the record of a run into output_dir. The first rank writes; under ZeRO-3 all ranks sample together.
 
-    def __init__(self, output_dir, tokenizer, device, zero3=False):
+    Args:
+        prompts: What the model continues every sample_steps: all into samples.jsonl, the first few into the log.
+        flops_per_token: Model FLOPs of one training token, and
+        peak_flops: FLOPs a second that a rank's device can do, for the MFU; None where either is not known.
+    """
+
+    def __init__(self, output_dir, tokenizer, device, zero3=False, prompts=(), flops_per_token=None, peak_flops=None):
         self.directory, self.tokenizer, self.device, self.zero3 = Path(output_dir), tokenizer, device, zero3
+        self.prompts, self.flops_per_token, self.peak_flops = prompts, flops_per_token, peak_flops
         self.training_seconds, self.tokens_trained = 0.0, 0  # without evaluation, sampling and saving
+        self.at_last_log, self.measured = (0, 0.0, 0.0), {}
         self.bar, self.in_table, self.first_loss = None, False, None
 
     @property
@@ -73,10 +81,33 @@ class Record(TrainerCallback):
         """Tokens a second over all ranks since this process began training."""
         return self.tokens_trained / self.training_seconds if self.training_seconds else 0.0
 
+    def measure(self, data_wait_seconds):
+        """What a log line says of the machine since the last one; all ranks call.
+
+        Returns:
+            tokens_per_second over all ranks, mfu (absent where unknown; PaLM's, arXiv 2204.02311, appendix B),
+            data_wait_share of this rank's training time, peak_memory_gib of the fullest rank since the start.
+        """
+        now = self.tokens_trained, self.training_seconds, data_wait_seconds
+        tokens, seconds, waited = (after - before for after, before in zip(now, self.at_last_log, strict=True))
+        self.at_last_log, seconds = now, max(seconds, 1e-9)
+        memory = torch.tensor([peak_memory_gib(self.device)], device=self.device)
+        memories = [memory]
+        if dist.is_initialized():
+            memories = [torch.zeros_like(memory) for _ in range(dist.get_world_size())]
+            dist.all_gather(memories, memory)
+        by_rank = [round(found.item(), 3) for found in memories]
+        shown = {"tokens_per_second": round(tokens / seconds, 1)}
+        if self.flops_per_token and self.peak_flops:
+            shown["mfu"] = round(tokens / seconds * self.flops_per_token / (self.peak_flops * len(by_rank)), 5)
+        shown |= {"data_wait_share": round(waited / seconds, 5), "peak_memory_gib": max(by_rank)}
+        self.measured = {"mfu": None} | shown | {"peak_memory_gib_by_rank": by_rank}
+        return shown
+
     def on_train_begin(self, args, state, control, **kwargs):
-        self.tokens_before, self.at_last_log = state.num_input_tokens_seen, (0, 0.0)
+        self.tokens_before = state.num_input_tokens_seen
         if state.is_world_process_zero:
-            self._keep_metrics_until(state.global_step)
+            self._keep_until(state.global_step)
             fresh = state.global_step == 0
             self._log("# Training log\n" if fresh else f"\nResumed at step {state.global_step}.\n", fresh)
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=args.disable_tqdm)
@@ -98,11 +129,12 @@ class Record(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if state.is_world_process_zero:
-            bits = metrics["eval_loss"] / math.log(2)
             self._metric(state, **metrics)
+            bits = metrics.get("eval_bits_per_byte")
             self._prose(
-                f"Step {state.global_step}: held-out loss {metrics['eval_loss']:.4f} nats ({bits:.4f} bits) a token "
-                f"over {metrics['eval_tokens']:,} tokens."
+                f"Step {state.global_step}: held-out loss {metrics['eval_loss']:.4f} nats a token"
+                + (f", {bits:.4f} bits a byte," if bits else "")
+                + f" over {metrics['eval_tokens']:,} tokens."
             )
         self.mark = time.monotonic()
 
@@ -111,21 +143,13 @@ class Record(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and "loss" in logs:
-            tokens, seconds = self.at_last_log
-            self.at_last_log = self.tokens_trained, self.training_seconds
-            rate = (self.tokens_trained - tokens) / max(self.training_seconds - seconds, 1e-9)
-            row = {
-                "loss": logs["loss"],
-                "learning_rate": logs["learning_rate"],
-                "grad_norm": logs.get("grad_norm"),
-                "tokens_per_second": round(rate, 1),
-                "peak_memory_gib": round(peak_memory_gib(self.device), 3),
-            } | {name: logs[name] for name in ("skipped_steps", "bad_steps") if name in logs}
+            row = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
+            row |= self.measured | {name: logs[name] for name in ("skipped_steps", "bad_steps") if name in logs}
             self._metric(state, **row)
             norm = "" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"
             self._row(
                 f"| {state.global_step} | {row['loss']:.4f} | {row['learning_rate']:.3e} | {norm} "
-                f"| {state.num_input_tokens_seen:,} | {rate:,.0f} | {row['peak_memory_gib']:.2f} |"
+                f"| {state.num_input_tokens_seen:,} | {row['tokens_per_second']:,.0f} | {row['peak_memory_gib']:.2f} |"
             )
             if state.global_step == 1:
                 self._hold_first_loss(logs["loss"], kwargs["model"].config.vocab_size)
@@ -139,7 +163,6 @@ class Record(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.close()
-            plot_loss(self.directory)
 
     def _hold_first_loss(self, loss, vocab_size):
         """Random weights know nothing: their loss is near ln(vocabulary), plus half the variance of their logits."""
@@ -153,9 +176,9 @@ class Record(TrainerCallback):
 
     def _sample(self, model, state):
         """Greedy continuations: no random number is drawn, so training goes on exactly as without them."""
-        was_training, lines = model.training, [f"Step {state.global_step}, greedy continuations:\n"]
+        was_training, rows = model.training, []
         model.eval()
-        for prompt in SAMPLE_PROMPTS:
+        for prompt in self.prompts:
             inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
             with torch.no_grad():
                 ids = model.generate(
@@ -166,22 +189,28 @@ class Record(TrainerCallback):
                     synced_gpus=self.zero3,
                     pad_token_id=self.tokenizer.eos_token_id,
                 )[0, inputs["input_ids"].shape[1] :]
-            text = json.dumps(self.tokenizer.decode(ids), ensure_ascii=False)[1:-1].replace("`", "'")
-            lines.append(f"- **{prompt}** `{text}`")
+            rows.append({"prompt": prompt, "text": self.tokenizer.decode(ids), "decoding": "greedy"})
         model.train(was_training)
         if state.is_world_process_zero:
+            lines = [f"Step {state.global_step}, greedy continuations:\n"]
+            for row in rows:
+                self._metric(state, "samples.jsonl", max_new_tokens=SAMPLE_TOKENS, **row)
+            for row in rows[:PROMPTS_IN_LOG]:
+                text = json.dumps(row["text"], ensure_ascii=False)[1:-1].replace("`", "'")
+                lines.append(f"- **{row['prompt']}** `{text}`")
             self._prose("\n".join(lines))
 
-    def _metric(self, state, **row):
+    def _metric(self, state, file="metrics.jsonl", /, **row):
         row = {"step": state.global_step, "epoch": state.epoch, "tokens_seen": state.num_input_tokens_seen} | row
-        with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as metrics:
-            metrics.write(json.dumps(row) + "\n")
+        with open(self.directory / file, "a", encoding="utf-8") as rows:
+            rows.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def _keep_metrics_until(self, step):
+    def _keep_until(self, step):
         """Drop rows after `step`: a resumed run writes them again."""
-        path = self.directory / "metrics.jsonl"
-        rows = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        path.write_text("".join(row for row in rows if json.loads(row)["step"] <= step and step), encoding="utf-8")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.directory / name
+            rows = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+            path.write_text("".join(row for row in rows if json.loads(row)["step"] <= step and step), encoding="utf-8")
 
     def _say(self, sentence):
         self._prose(sentence)
@@ -198,38 +227,3 @@ class Record(TrainerCallback):
     def _log(self, text, fresh=False):
         with open(self.directory / "training_log.md", "w" if fresh else "a", encoding="utf-8") as log:
             log.write(text)
-
-
-def plot_loss(output_dir):
-    """report/loss.png: training and held-out loss against tokens seen, learning rate below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    trained = [r for r in rows if "loss" in r]
-    held_out = [r for r in rows if "eval_loss" in r]
-    figure, (top, bottom) = plt.subplots(
-        2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(3, 1), layout="constrained"
-    )
-    top.plot([r["tokens_seen"] for r in trained], [r["loss"] for r in trained], color="#0072B2", lw=1, label="training")
-    top.plot(
-        [r["tokens_seen"] for r in held_out],
-        [r["eval_loss"] for r in held_out],
-        "o-",
-        color="#D55E00",
-        label="held out",
-    )
-    bottom.plot([r["tokens_seen"] for r in trained], [r["learning_rate"] for r in trained], color="#009E73")
-    top.set_ylabel("loss (nats/token)")
-    bottom.set_ylabel("learning rate")
-    bottom.set_xlabel("tokens seen")
-    top.legend()
-    top.grid(alpha=0.3)
-    bottom.grid(alpha=0.3)
-    report = Path(output_dir) / "report"
-    report.mkdir(exist_ok=True)
-    figure.savefig(report / "loss.png", dpi=120)
-    plt.close(figure)

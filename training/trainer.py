@@ -21,9 +21,13 @@ class PretrainTrainer(Trainer):
 
     Attributes:
         same: What a run that goes on from a checkpoint must have in common with this one, {key: JSON value}.
+        bytes_per_token: See held_out.py; None measures held-out loss in nats alone.
+        measure: Takes the seconds spent waiting for data, returns what each log line adds; all ranks call it.
     """
 
     same: ClassVar[dict] = {}
+    bytes_per_token = measure = None
+    data_wait_seconds = 0.0
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -47,7 +51,16 @@ class PretrainTrainer(Trainer):
         if "loss" in logs:
             self._tr_loss.zero_()  # Trainer subtracts it from itself, which leaves a NaN in every later row
             logs |= {"skipped_steps": self.divergence.skipped, "bad_steps": self.divergence.bad}
+            logs |= self.measure(self.data_wait_seconds) if self.measure else {}
         super().log(logs, start_time)
+
+    def get_batch_samples(self, *args, **kwargs):
+        """Trainer's, timed: how long a step waits for its batches, and for the ranks to count their tokens."""
+        began = time.monotonic()
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            self.data_wait_seconds += time.monotonic() - began
 
     def create_optimizer(self, model=None):
         """AdamW in three groups, so that bitsandbytes' 8-bit state leaves embeddings and norms in 32 bits.
@@ -92,11 +105,12 @@ class PretrainTrainer(Trainer):
         Every rank takes every world_size-th row and the same number of forwards; rows past the end weigh nothing.
 
         Returns:
-            {eval_loss: nats a token, eval_tokens: tokens scored, eval_runtime: seconds, epoch}.
+            {eval_loss: nats a token, eval_bits_per_byte (EOS costs bits and has no bytes), eval_tokens: tokens scored,
+            eval_runtime: seconds, epoch}.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         args, started, model = self.args, time.monotonic(), self.model_wrapped
-        sums = torch.zeros(2, dtype=torch.float64, device=args.device)  # nats, tokens
+        sums = torch.zeros(3, dtype=torch.float64, device=args.device)  # nats, tokens, bytes
         mine = range(args.process_index, math.ceil(len(dataset) / args.world_size) * args.world_size, args.world_size)
         model.eval()
         with torch.no_grad():
@@ -104,11 +118,15 @@ class PretrainTrainer(Trainer):
                 rows = mine[start : start + args.per_device_eval_batch_size]
                 batch = self.data_collator([dataset[row % len(dataset)] for row in rows])
                 batch["labels"][torch.tensor([row >= len(dataset) for row in rows])] = -100
-                tokens = (batch["labels"][:, 1:] != -100).sum()
+                targets = batch["labels"][:, 1:]
+                targets = targets[targets != -100]
+                tokens = torch.tensor(len(targets))
+                size = torch.tensor(0) if self.bytes_per_token is None else self.bytes_per_token[targets].sum()
                 if self.model_accepts_loss_kwargs:
                     batch["num_items_in_batch"] = torch.ones((), device=args.device)  # the loss is then a sum
                 loss = model(**self._prepare_inputs(batch)).loss.double()
-                sums += torch.stack((loss if self.model_accepts_loss_kwargs else loss * tokens, tokens.to(loss.device)))
+                nats = loss if self.model_accepts_loss_kwargs else loss * tokens
+                sums += torch.stack((nats, tokens.to(nats), size.to(nats)))
         model.train()
         if dist.is_initialized():
             dist.all_reduce(sums)
@@ -117,6 +135,8 @@ class PretrainTrainer(Trainer):
             f"{metric_key_prefix}_tokens": int(sums[1].item()),
             f"{metric_key_prefix}_runtime": round(time.monotonic() - started, 3),
         }
+        if sums[2]:
+            metrics[f"{metric_key_prefix}_bits_per_byte"] = (sums[0] / sums[2]).item() / math.log(2)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
