@@ -91,6 +91,14 @@ def run(args: PrepareArguments, merging: bool = False) -> None:
             f"{manifest.block_size}, fill {split['fill']:.4f}, {split['documents_cut']:,} documents cut, "
             f"{split['documents_per_block']:.2f} documents a row."
         )
+    for entry in manifest.mixture:
+        ended = ", which ended the mixture" if entry.get("ended_the_mixture") else ""
+        print(
+            f"{entry['source']}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
+            f"{entry['realised']:.4f} of all for a weight of {entry['weight']:.4f}{ended}."
+        )
+    if manifest.filtered:
+        print(f"left out: {', '.join(f'{name} {count:,}' for name, count in manifest.filtered.items())}.")
     print(f"{'found whole in' if manifest.reused else 'written to'} {args.prepared_dir}, {manifest.fingerprint}.")
     same = " ".join(f"{name}={getattr(manifest, name)}" for name in ("block_size", "packing", "validation_fraction"))
     print(f"train on it: prepared_dir={args.prepared_dir} tokenizer_name={Path(args.prepared_dir, 'tokenizer')} {same}")

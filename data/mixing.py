@@ -43,27 +43,31 @@ class Mixture:
         self._ended_by = state.get("ended_by")
         self._drawn = []
         for number, documents in enumerate(mixed.sources):
-            held = state["sources"][number] if state else {"before": None}
-            source = open_source(documents, held["before"])
-            self._drawn.append(_Drawn(source, iter(source), **copy.deepcopy(held)))
-            if self._drawn[-1].taken:
+            held = copy.deepcopy(state["sources"][number]) if state else {"before": None}
+            in_hand, source = held.pop("in_hand", False), open_source(documents, held["before"])
+            self._drawn.append(_Drawn(source, iter(source), **held))
+            if in_hand:
                 self._drawn[-1].batch = next(self._drawn[-1].batches)
 
     def state(self) -> dict:
         names = ("before", "taken", "epoch", "in_epoch")
         held = [{name: getattr(drawn, name) for name in names} for drawn in self._drawn]
-        sources = [one | {"counts": dict(drawn.counts)} for one, drawn in zip(held, self._drawn, strict=True)]
+        sources = [
+            one | {"in_hand": drawn.batch is not None, "counts": dict(drawn.counts)}
+            for one, drawn in zip(held, self._drawn, strict=True)
+        ]
         return {"sources": sources, "picks": self._shares.picks, "ended_by": self._ended_by}
 
     def report(self) -> dict:
-        """The tally and the counts of cleaning of what was read to its end, and for each source what was taken."""
+        """The tally and the counts of cleaning of what was read, and for each source what was taken."""
         tally, filtered, rows = Tally(), {}, []
         total = sum(drawn.counts["tokens"] for drawn in self._drawn)
         for drawn, name, weight in zip(self._drawn, self._mixed.names, self._mixed.weights, strict=True):
-            before = Tally(**(drawn.before or {}).get("tally", {}))
-            tally.skipped, tally.bad = tally.skipped + before.skipped, tally.bad + before.bad
-            tally.first_bad = tally.first_bad or before.first_bad
-            for reason, number in (drawn.before or {}).get("filtered", {}).items():
+            read = drawn.source.report()
+            one = Tally(**read["tally"])
+            tally.skipped, tally.bad = tally.skipped + one.skipped, tally.bad + one.bad
+            tally.first_bad = tally.first_bad or one.first_bad
+            for reason, number in read["filtered"].items():
                 filtered[reason] = filtered.get(reason, 0) + number
             if drawn.counts["duplicates"]:
                 filtered["deduplicate"] = filtered.get("deduplicate", 0) + drawn.counts["duplicates"]
@@ -88,10 +92,9 @@ class Mixture:
         """Have a batch with something left in hand; False where the source has no more to give."""
         drawn = self._drawn[number]
         while drawn.batch is None or drawn.taken == len(drawn.batch.texts):
-            if drawn.batch is not None:
-                dropped += drawn.batch.dropped
             drawn.before = drawn.source.state()
             drawn.batch, drawn.taken = next(drawn.batches, None), 0
+            dropped += [] if drawn.batch is None else drawn.batch.dropped
             if drawn.batch is None:
                 if not drawn.in_epoch or drawn.epoch + 1 >= self._mixed.max_epochs[number]:
                     return False

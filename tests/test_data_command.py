@@ -88,3 +88,14 @@ def test_help_lists_every_key(capsys):
     main(["--help"])
     text = capsys.readouterr().out
     assert all(f"  {item.name}=" in text for item in fields(PrepareArguments))
+
+
+def test_the_command_says_what_a_mixture_realised_and_what_was_left_out(corpus_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mixture = [{"data_files": [str(corpus_file)], "weight": 1}, {"weight": 3}]
+    (tmp_path / "prepare.json").write_text(json.dumps({"mixture": mixture, "vocab_size": 400, "block_size": 64}))
+    main(["prepare.json", "max_tokens=60000", "min_characters=60", "validation_fraction=0.02"])
+    out = capsys.readouterr().out
+    assert "documents.jsonl: " in out and "built-in: " in out and str(tmp_path) not in out
+    assert "of all for a weight of 0.7500" in out and "left out: min_characters " in out
+    assert str(corpus_file.parent) not in (tmp_path / "prepared" / "manifest.json").read_text()

@@ -78,7 +78,7 @@ def test_each_source_has_its_share_of_the_tokens_and_the_first_to_end_ends_it(so
     assert total == manifest.splits["train"]["tokens"]
     assert [row["realised"] for row in rows] == [round(row["tokens"] / total, 6) for row in rows]
     (ended,) = [row for row in rows if row.get("ended_the_mixture")]
-    name = ended["source"].rsplit("/", 1)[-1].removesuffix(".jsonl")
+    name = ended["source"].removesuffix(".jsonl")
     assert ended["documents"] == len(texts[name]) and ended["epochs_begun"] == 1
     stream = np.concatenate(encode_documents(TOKENIZER, texts[name]))
     assert ended["tokens"] == len(stream)
@@ -135,18 +135,22 @@ def test_a_small_source_is_read_again_as_often_as_it_may(sources):
 )
 def test_cut_off_anywhere_it_goes_on_to_the_same_bytes(tmp_path_factory, weights, seed, packing, again, limit, where):
     directory = tmp_path_factory.mktemp("mixed")
-    for name in "abc":
-        write_source(directory / f"{name}.jsonl", name, 60)
+    texts = [text for name in "abc" for text in write_source(directory / f"{name}.jsonl", name, 60)]
+    known = [text for text in texts if len(text.split()) > 12]
+    (directory / "evaluation.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in known))
     mixture = entries(directory, **dict(zip("abc", weights, strict=False)))
     mixture[0]["max_epochs"] = 2 if again else 1
     words = {"packing": packing, "max_tokens": limit, "validation_fraction": 0.1}
     words["cleaning"] = {"min_characters": 9, "deduplicate": not again}
-    _, batches = prepare_mixture(directory / "undisturbed", mixture, seed, **words)
+    words["cleaning"]["decontaminate"] = [str(directory / "evaluation.jsonl")]
+    made, batches = prepare_mixture(directory / "undisturbed", mixture, seed, **words)
     with pytest.raises(Cut):
         prepare_mixture(directory / "cut", mixture, seed, max(1, int(batches * where)), **words)
     assert not (directory / "cut").exists()
     prepare_mixture(directory / "cut", mixture, seed, **words)
     assert files(directory / "cut") == files(directory / "undisturbed")
+    named = [line for name in made.decontaminated for line in (directory / "cut" / name).read_text().splitlines()]
+    assert len(named) == made.filtered["decontaminate"] > 0
 
 
 def test_max_tokens_is_met_to_the_token(sources):
