@@ -9,8 +9,8 @@ export PATH := $(VENV)/bin:$(PATH)
 .PHONY: train test
 
 train: $(VENV)/train.installed
-	@echo "+ deepspeed run_pretrain.py args.json $(ARGS)"
-	@deepspeed run_pretrain.py args.json $(ARGS) ; exit $$?
+	@echo "+ python launch.py deepspeed run_pretrain.py args.json $(ARGS)"
+	@python launch.py deepspeed run_pretrain.py args.json $(ARGS) ; exit $$?
 
 test: $(VENV)/test.installed
 	@echo "+ pytest $(ARGS)"

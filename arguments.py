@@ -6,6 +6,7 @@ command_line.py fills these from `args.json key=value ...`; a ValueError here be
 import typing
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from urllib.parse import urlsplit
 
 import torch
 from transformers import SchedulerType, TrainingArguments
@@ -20,10 +21,15 @@ else:
     from data.arguments import CorpusArguments, one_of
 
 STREAM_DOCUMENTS = 20_000  # at 2 kB each 40 MB of text: seconds to prepare, 100 held out at the default fraction
-KEPT_BY_RESUME = (
-    *("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "max_grad_norm"),
-    *("learning_rate", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+SAME_ON_RESUME = (
+    *("seed", "data_seed", "per_device_train_batch_size", "dataloader_drop_last", "bf16", "max_grad_norm", "optim"),
+    *("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+SCHEDULE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")  # what allow_changes can name
+FREE_ON_RESUME = (
+    *("max_steps", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "keep_every_steps"),
+    *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "max_eval_samples", "sample_steps"),
+    *("dataloader_num_workers", "activation_checkpointing", "ddp_timeout"),
 )
 RANGES = {
     "above 0": (lambda v: v > 0, "learning_rate max_grad_norm adam_epsilon"),
@@ -40,13 +46,20 @@ ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 @dataclass
 class ModelArguments:
-    """What is trained: an architecture, always from random weights, and its tokenizer."""
+    """What is trained: an architecture, from random weights unless `init_from` names others, and its tokenizer."""
 
     model_name: str = field(
         default="smollm2-135m",
         metadata={
             "help": "A built-in (smollm2-1m, smollm2-135m, smollm2-360m, smollm2-1.7b), a Hub id, or a directory with "
-            "config.json. Only the architecture is used: weights are always random, seeded by `seed`."
+            "config.json. Only the architecture is used: weights are random, seeded by `seed`, unless init_from."
+        },
+    )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint or model directory whose .safetensors weights a new run starts from, with a new "
+            "optimizer, schedule and data order. Default: random weights."
         },
     )
     tokenizer_name: str | None = field(
@@ -158,6 +171,17 @@ class PretrainArguments(TrainingArguments):
     trust_checkpoint: bool = field(
         default=False, metadata={"help": "Load a checkpoint that no manifest of ours vouches for: it can run any code."}
     )
+    allow_changes: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Keys that may differ from the checkpoint a run goes on from: {', '.join(SCHEDULE)}."},
+    )
+    spot_notice_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Polled every 5 s; an answer of 200 stops the run with a checkpoint, nothing else matters. aws "
+            "is EC2's instance metadata. Default: not polled."
+        },
+    )
     keep_every_steps: int = field(
         default=0, metadata={"help": "Checkpoints of steps that are multiples of this stay for good; 0 keeps none."}
     )
@@ -199,6 +223,10 @@ class PretrainArguments(TrainingArguments):
         self._check_ranges()
         one_of("on_spike", self.on_spike, ("stop", "skip", "report"))
         self._check_optimizer()
+        for name in self.allow_changes or []:
+            one_of("allow_changes", name, SCHEDULE)
+        if self.spot_notice_url not in (None, "aws") and urlsplit(self.spot_notice_url).scheme not in ("http", "https"):
+            raise ValueError(f"spot_notice_url = {self.spot_notice_url} must be aws or begin with http:// or https://.")
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True  # recomputes activations: slower, far less memory
         if isinstance(self.deepspeed, str):
@@ -218,11 +246,9 @@ class PretrainArguments(TrainingArguments):
                 "all, or show it one with CUDA_VISIBLE_DEVICES."
             )
 
-    def kept_by_resume(self):
-        """{key: JSON value} that a run and the checkpoint it goes on from must have in common."""
-        kept = {name: getattr(self, name) for name in KEPT_BY_RESUME}
-        kept |= {"optim": str(self.optim.value), "lr_scheduler_type": str(self.lr_scheduler_type.value)}
-        return kept | {"zero stage": self.deepspeed and self.hf_deepspeed_config.get_value("zero_optimization.stage")}
+    def on_resume(self, names):
+        """{name: JSON value} of arguments that a run is held against when it goes on."""
+        return {name: getattr(value := getattr(self, name), "value", value) for name in names}
 
     def stream_share(self):
         """This rank's share of a stream: arguments of `stream.open_stream`. Rows are then taken in their order.

@@ -14,7 +14,7 @@ import math
 import re
 import sys
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -64,6 +64,16 @@ def parse_args(argv, dataclasses):
             origin = given[key].origin if (key := str(error).split(" ", 1)[0]) in given else None
             raise ValueError(f"{origin}: {error}" if origin else str(error)) from error
     return tuple(parsed)
+
+
+def resolve(parsed):
+    """{key: value} of everything that was given or left at its default, access tokens aside."""
+    resolved = {}
+    for part in parsed:
+        values = part.to_dict() if hasattr(part, "to_dict") else asdict(part)
+        names = {f.name for f in fields(part) if f.init and not f.name.endswith("_token")}
+        resolved |= {name: value for name, value in values.items() if name in names}
+    return resolved
 
 
 def collect(argv):

@@ -6,15 +6,18 @@ Text becomes tokens, tokens become packed rows, rows train the model, and what w
 the order of that story; each call below is a room of its own. `--help` lists every key.
 """
 
-import dataclasses
 import gc
 import os
+import signal
 import sys
 import time
 from argparse import ArgumentParser
 from itertools import islice
 from pathlib import Path
 
+if __name__ == "__main__":  # a signal during ten seconds of imports: nothing has begun
+    for _number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(_number, lambda *_: sys.exit(os.EX_TEMPFAIL))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"  # DeepSpeed's ninja
 
@@ -31,26 +34,27 @@ from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import IntervalStrategy
 
 if __package__:
-    from .arguments import DataArguments, ModelArguments, PretrainArguments
-    from .command_line import parse_args
+    from .arguments import FREE_ON_RESUME, SAME_ON_RESUME, SCHEDULE, DataArguments, ModelArguments, PretrainArguments
+    from .command_line import parse_args, resolve
     from .data import corpus, packing, prepare, stream, tokenization
     from .eval import generation, judge
     from .eval import report as run_report
     from .planning import start
-    from .training import checkpoints, divergence, guards, held_out, loss, model, record, trainer
+    from .training import divergence, guards, held_out, lock, loss, model, ranks, record, resume, spot, trainer
 else:
-    from arguments import DataArguments, ModelArguments, PretrainArguments
-    from command_line import parse_args
+    from arguments import FREE_ON_RESUME, SAME_ON_RESUME, SCHEDULE, DataArguments, ModelArguments, PretrainArguments
+    from command_line import parse_args, resolve
     from data import corpus, packing, prepare, stream, tokenization
     from eval import generation, judge
     from eval import report as run_report
     from planning import start
-    from training import checkpoints, divergence, guards, held_out, loss, model, record, trainer
+    from training import divergence, guards, held_out, lock, loss, model, ranks, record, resume, spot, trainer
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
 NOT_ARCHITECTURE = {"transformers_version", "use_cache", "_name_or_path", "dtype", "architectures"}
 HERE = Path(__file__).resolve().parent
 RANK = int(os.environ.get("RANK", 0))
+ABOVE = guards.launchers()
 TOKENIZER_DOCUMENTS = 100_000  # a BPE's merges settle long before; the built-in text has 600
 
 
@@ -72,69 +76,46 @@ def fail(error, status=2):
     ArgumentParser(prog="run_pretrain.py").exit(status, f"run_pretrain.py: error: {' '.join(str(error).split())}\n")
 
 
-def choose_checkpoint(args, data_args, config, prepared_dir):
-    """The checkpoint to go on from, or None, and what must stay the same; the first rank looks, the others hear."""
-    same = {"world_size": args.world_size, "data": prepare.Manifest.load(prepared_dir).fingerprint}
-    architecture = {key: value for key, value in config.to_diff_dict().items() if key not in NOT_ARCHITECTURE}
-    same |= {f"config {key}": value for key, value in architecture.items()} | args.kept_by_resume()
-    same["intra_document_masking"] = data_args.intra_document_masking
+def describe_run(model_args, data_args, args, config, manifest, rows):
+    """What this command would train, for the manifests of its checkpoints and against the one it goes on from."""
+    same = {"block_size": data_args.block_size, "intra_document_masking": data_args.intra_document_masking}
+    same |= {f"config {k}": v for k, v in config.to_diff_dict().items() if k not in NOT_ARCHITECTURE}
+    same |= args.on_resume(SAME_ON_RESUME) | {"init_from": model_args.init_from, "data": manifest.fingerprint}
     same["ranks of the stream"] = args.world_size if data_args.trains_from_stream else None
-    answer = [None, 0, ""]
-    if RANK == 0:
-        try:
-            answer[0], passed = checkpoints.choose(args.output_dir, args.resume, args.trust_checkpoint, same)
-            for sentence in passed:
-                say(sentence)
-        except checkpoints.Damaged as error:
-            answer[1:] = 4, str(error)
-        except (ValueError, OSError) as error:
-            answer[1:] = 2, str(error)
-    if args.world_size > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1]:
-        fail(answer[2], answer[1])
-    return answer[0], same
-
-
-def write_start(parsed, prepared_dir, config):
-    """run.json before the first step: what was asked, with what, on which data, and the plan, which is said too."""
-    arguments = {}
-    for part in parsed:
-        values = part.to_dict() if hasattr(part, "to_dict") else dataclasses.asdict(part)
-        names = {field.name for field in dataclasses.fields(part) if field.init and not field.name.endswith("_token")}
-        arguments |= {name: value for name, value in values.items() if name in names}
-    planned, plan = start.plan(config.to_dict(), arguments, parsed[-1].device, parsed[-1].world_size)
-    say("\n".join(planned))
-    manifest = prepare.Manifest.load(prepared_dir)
-    sums = {key: sum(split[key] for split in manifest.splits.values()) for key in ("documents", "tokens", "blocks")}
-    record.write_run(
-        arguments["output_dir"],
-        arguments=arguments,
+    same["zero stage"] = args.deepspeed and args.hf_deepspeed_config.get_value("zero_optimization.stage")
+    return resume.Run(
+        same=same,
+        schedule=args.on_resume(SCHEDULE),
+        free=args.on_resume(FREE_ON_RESUME),
+        ranks=args.world_size,
+        accumulation=args.gradient_accumulation_steps,
+        micro_batches=rows // args.per_device_train_batch_size,
+        fixed_ranks=bool(args.deepspeed) or data_args.trains_from_stream,
         versions=record.versions(),
-        git_commit=record.git_commit(HERE),
-        plan=plan,
-        data=sums | {"fingerprint": manifest.fingerprint, "source": manifest.source, "splits": manifest.splits},
     )
 
 
-def wait_for_first_rank(args, done):
-    """The others wait for the first rank without a collective: those give up after ddp_timeout, tokenizing may not."""
-    if args.world_size > 1:
-        store = dist.distributed_c10d._get_default_store()
-        if done:
-            store.set("prepared", "yes")
-        try:
-            while not store.check(["prepared"]):
-                time.sleep(0.5)
-        except dist.DistError:
-            fail("the first rank has ended")  # and has said why
+def choose_checkpoint(args, run):
+    """The checkpoint to go on from, or None; what else it decides is set in args and run.
+
+    Raises:
+        ValueError: There is none to go on from as asked; see `resume.choose`.
+    """
+    choice = resume.choose_together(
+        RANK, args.world_size, args.output_dir, args.resume, args.trust_checkpoint, run, args.allow_changes or ()
+    )
+    for sentence in choice.said:
+        say(sentence)
+    run.accumulation = args.gradient_accumulation_steps = choice.accumulation
+    args.eval_on_start |= choice.evaluate_first
+    return choice.checkpoint
 
 
 def prepare_data(model_args, data_args, args, config):
     """Text to tokenizer and packed set. The first rank makes them, the others find them made."""
     prepared_dir = data_args.prepared_dir or os.path.join(args.output_dir, "prepared")
     if RANK != 0:
-        wait_for_first_rank(args, done=False)
+        ranks.wait_for_first(args.world_size, done=False)
         tokenizer = tokenization.load_tokenizer(args.output_dir)
         model.fit_config(config, tokenizer, data_args.block_size)
         return tokenizer, prepared_dir
@@ -157,7 +138,7 @@ def prepare_data(model_args, data_args, args, config):
     )
     tokenizer.save_pretrained(args.output_dir)
     say(f"data: {manifest.summary}{', found in' if manifest.reused else ', written to'} {prepared_dir}.")
-    wait_for_first_rank(args, done=True)
+    ranks.wait_for_first(args.world_size, done=True)
     return tokenizer, prepared_dir
 
 
@@ -179,6 +160,9 @@ def load_sets(data_args, args, tokenizer, prepared_dir, share):
             f"gradient_accumulation_steps {args.gradient_accumulation_steps} x {args.world_size} ranks), the set has "
             f"{len(train)} of {data_args.block_size} tokens: lower one of them or block_size, or give more text."
         )
+    together = args.per_device_train_batch_size * args.world_size  # what ranks take at once
+    if left_out := len(train) % together if args.dataloader_drop_last else 0:
+        say(f"data: each epoch leaves out {left_out} of its {len(train):,} rows, others each time: they fill no batch.")
     held_out = prepare.load_blocks(prepared_dir, "validation") if data_args.validation_fraction else []
     if not len(held_out):
         args.eval_strategy = IntervalStrategy.NO
@@ -189,18 +173,20 @@ def load_sets(data_args, args, tokenizer, prepared_dir, share):
 
 
 def build_model(model_args, data_args, args, config):
-    """The network from random weights, its loss, and whether ZeRO-3 splits it.
+    """The network from random weights or those of init_from, its loss, and whether ZeRO-3 splits it.
 
     Raises:
-        ValueError: The architecture cannot do what is asked.
+        ValueError: The architecture cannot do what is asked, or the weights are not its own.
     """
     attention, why = model.choose_attention(model_args.attn_implementation, args.device, config)
     zero3 = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
     if zero3:
         deepspeed.init_distributed()  # the model is split over DeepSpeed's own group as it is built
-    network = model.random_model(config, args.seed, attention)
-    size = get_model_param_count(network)
-    say(f"model: {size:,} parameters from random weights (seed {args.seed}); {attention}: {why}.")
+    if model_args.init_from:
+        network, origin = model.model_from(model_args.init_from, config, attention), f"from {model_args.init_from}"
+    else:
+        network, origin = model.random_model(config, args.seed, attention), f"from random weights (seed {args.seed})"
+    say(f"model: {get_model_param_count(network):,} parameters {origin}; {attention}: {why}.")
     chunk = loss.default_chunk(config.vocab_size) if args.loss_chunk_tokens is None else args.loss_chunk_tokens
     refused = "as asked" if not chunk else "Liger brings its own" if args.use_liger_kernel else ""
     if data_args.intra_document_masking and not zero3:
@@ -210,9 +196,10 @@ def build_model(model_args, data_args, args, config):
     return network, zero3
 
 
-def make_trainer(network, zero3, data_args, args, tokenizer, sets, prepared_dir):
+def make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, prepared_dir):
     """Network, rows, collator and record in one Trainer."""
     flash = network.config._attn_implementation == "flash_attention_2"
+    collator = packing.PackedCollator(tokenizer.eos_token_id, data_args.intra_document_masking, cu_seq_lens=flash)
     terms = start.utilization_terms(network.config.to_dict(), data_args.block_size, args.device)
     if RANK == 0:
         record.write_run(args.output_dir, **terms)
@@ -224,6 +211,7 @@ def make_trainer(network, zero3, data_args, args, tokenizer, sets, prepared_dir)
         generation.read_prompts(args.sample_prompts),
         terms["flops_per_token"],
         terms["peak_flops"],
+        random_weights=not model_args.init_from,
     )
     made = trainer.PretrainTrainer(
         model=network,
@@ -231,9 +219,7 @@ def make_trainer(network, zero3, data_args, args, tokenizer, sets, prepared_dir)
         train_dataset=sets[0],
         eval_dataset=sets[1],
         processing_class=tokenizer,
-        data_collator=packing.PackedCollator(
-            tokenizer.eos_token_id, data_args.intra_document_masking, cu_seq_lens=flash
-        ),
+        data_collator=guards.DeafInWorkers(collator),
         callbacks=[log],
     )
     made.divergence.tell, made.measure = log.tell_bad_step, log.measure
@@ -263,76 +249,72 @@ def score_held_out(args, tokenizer, prepared_dir, window):
     return judge.judge(models, counts, tokenizer, list(spaced), window, not args.disable_tqdm)
 
 
-def report(args, log, results, tokens_seen, skipped_steps):
-    """Print and record the end of the run."""
-    result = {"tokens_seen": tokens_seen, "tokens_per_second": round(log.tokens_per_second, 1)}
-    result |= {"skipped_steps": skipped_steps}
-    rate = f"{tokens_seen:,} tokens seen, {log.tokens_per_second:,.0f} tokens/s"
-    if results:
-        result |= {
-            "bits_per_byte": results["trained"]["bits_per_byte"],
-            "random_bits_per_byte": results["random"]["bits_per_byte"],
-            "unigram_bits_per_byte": results["unigram"]["bits_per_byte"],
-            "held_out": results["trained"],
-        }
-        say(
-            f"held-out bits per byte: {result['bits_per_byte']:.4f} (random weights "
-            f"{result['random_bits_per_byte']:.4f}, unigram model {result['unigram_bits_per_byte']:.4f}), over "
-            f"{results['trained']['documents']} documents, window {results['trained']['window']}, stride "
-            f"{results['trained']['stride']}."
-        )
-    record.write_run(args.output_dir, result=result)
-    run_report.write_report(args.output_dir)
-    say(f"done: {rate}. The model is in {args.output_dir}; training_log.md and report/ there say how it went.")
+def train(made, args, checkpoint):
+    """Train to the end, or to where a stop was agreed: then the exit status says so."""
+    stop = guards.StopTogether(args.output_dir, ABOVE)
+    made.add_callback(stop)
+    made.add_callback(ranks.Patience())
+    if args.spot_notice_url and RANK == 0:
+        spot.watch(args.spot_notice_url, stop.hear)
+    if checkpoint:
+        say(f"going on from {checkpoint}.")
+    at_step = lambda: f"at step {made.state.global_step + 1}"  # noqa: E731
+    with ranks.one_error(RANK, args.world_size, at_step, lambda: stop.heard):
+        made.train(resume_from_checkpoint=checkpoint)
+    guards.leave_on_signal()
+    if made.divergence.ended:
+        fail(made.divergence.ended, divergence.DIVERGED)
+    step = made.state.global_step
+    if stop.stopped or stop.heard:
+        why = f" ({stop.heard})" if stop.heard else ""
+        say(f"stopped at step {step}{why}: checkpoint-{step} is whole, the same command goes on from it.")
+        sys.exit(guards.INTERRUPTED)
 
 
 def main(argv=None):
     """Run the story; exit status 2 and one line for what the user can mend."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    guards.leave_on_signal()
+    with ranks.one_error(RANK, int(os.environ.get("WORLD_SIZE", 1)), lambda: "outside training", lambda: False):
+        story(list(sys.argv[1:] if argv is None else argv))
+
+
+def story(argv):
+    """Text to tokens to rows to a model to its score."""
     debug = "debug=true" in argv
     try:
         arguments = parse_args([word for word in argv if word != "debug=true"], ARGUMENTS)
         model_args, data_args, args = arguments
+        if RANK == 0 and (sentence := lock.take(args.output_dir)):
+            say(sentence)
         share = args.stream_share() if data_args.trains_from_stream else None
         config = model.load_config(model_args.model_name, model_args.config_overrides)
         model.choose_attention(model_args.attn_implementation, args.device, config)
         generation.read_prompts(args.sample_prompts)
         tokenizer, prepared_dir = prepare_data(model_args, data_args, args, config)
         sets = load_sets(data_args, args, tokenizer, prepared_dir, share)
+        manifest = prepare.Manifest.load(prepared_dir)
+        run = describe_run(model_args, data_args, args, config, manifest, len(sets[0]))
+        checkpoint = choose_checkpoint(args, run)
+        if checkpoint and data_args.trains_from_stream:
+            sets[0].load_state(checkpoint)
+        resolved = resolve(arguments)
+        if RANK == 0:
+            planned, plan = start.plan(config.to_dict(), resolved, args.device, args.world_size)
+            say("\n".join(planned))
+            record.write_start(args.output_dir, resolved, manifest, git=record.git_commit(HERE), plan=plan)
+        network, zero3 = build_model(model_args, data_args, args, config)
     except (ValueError, OSError) as error:
         if debug:
             raise
-        fail(error)
-    checkpoint, same = choose_checkpoint(args, data_args, config, prepared_dir)
-    if checkpoint and data_args.trains_from_stream:
-        sets[0].load_state(checkpoint)
-    if RANK == 0:
-        write_start(arguments, prepared_dir, config)
+        fail(error, 4 if isinstance(error, resume.Damaged) else 2)
     if args.deepspeed and args.use_cpu and not list(Path(get_default_build_root()).glob("*/deepspeed_shm_comm/*.so")):
         say("DeepSpeed builds its extension for CPUs now, once: about half a minute.")
-    try:
-        network, zero3 = build_model(model_args, data_args, args, config)
-    except ValueError as error:
-        if debug:
-            raise
-        fail(error)
-    made, log = make_trainer(network, zero3, data_args, args, tokenizer, sets, prepared_dir)
-    made.same = same
+    made, log = make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, prepared_dir)
+    made.facts = run.facts() | {"data": manifest.fingerprint, "arguments_sha256": record.digest(resolved)}
     if RANK == 0:
         record.write_run(args.output_dir, parameters=get_model_param_count(made.model))
-    stop = guards.StopTogether(args.output_dir)
-    made.add_callback(stop)
-    if checkpoint:
-        say(f"going on from {checkpoint}.")
-    made.train(resume_from_checkpoint=checkpoint)
-    stop.restore_signals()
-    if made.divergence.ended:
-        fail(made.divergence.ended, divergence.DIVERGED)
-    step, tokens_seen = made.state.global_step, made.state.num_input_tokens_seen
-    skipped_steps = made.divergence.skipped
-    if stop.stopped:
-        say(f"stopped at step {step}: checkpoint-{step} is whole, the same command goes on from it.")
-        sys.exit(guards.INTERRUPTED)
+    train(made, args, checkpoint)
+    result = {"tokens_seen": made.state.num_input_tokens_seen, "skipped_steps": made.divergence.skipped}
     made.export()
     del made
     gc.collect()
@@ -340,7 +322,9 @@ def main(argv=None):
     if data_args.validation_fraction:
         results = score_held_out(args, tokenizer, prepared_dir, data_args.block_size)
     if RANK == 0:
-        report(args, log, results, tokens_seen, skipped_steps)
+        sentences = record.write_result(args.output_dir, log, results, result)
+        run_report.write_report(args.output_dir)
+        say("\n".join(sentences))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,36 +1,53 @@
-"""A checkpoint counts when its manifest says so; a run killed or signalled anywhere goes on exactly."""
+"""A checkpoint counts when its manifest says so, and a command goes on with the same run or says no."""
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import BIN, ROOT
-from safetensors.torch import load_file
+from conftest import ROOT
+from transformers import AutoModelForCausalLM
 
-from smolpretrain.training import checkpoints
+from smolpretrain.training import checkpoints, guards, lock, model, ranks, resume, spot
 
-SAME = {"world_size": 1, "data": "abc", "learning_rate": 0.001}
+RUN = resume.Run(
+    same={"block_size": 64, "config hidden_size": 64, "seed": 42, "optim": "adamw_bnb_8bit", "data": "abc"},
+    schedule={"learning_rate": 0.001, "lr_scheduler_type": "cosine"},
+    free={"max_steps": 100, "logging_steps": 10},
+    ranks=2,
+    accumulation=2,
+    micro_batches=100,
+    fixed_ranks=True,
+    versions={"torch": "2.13.0", "transformers": "5.23.0"},
+)
 
 
-def make(output_dir, step, same=SAME, finished=True):
+def make(output_dir, step, run=RUN, finished=True, **facts):
     path = output_dir / f"checkpoint-{step}"
     (path / "global_step1").mkdir(parents=True)
     (path / "model.safetensors").write_bytes(os.urandom(100))
-    (path / "global_step1" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(os.urandom(50))
+    for name in ("global_step1/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "rng_state_0.pth", "scheduler.pt"):
+        (path / name).write_bytes(os.urandom(50))
+    (path / "latest").write_text("global_step1")
     (path / "trainer_state.json").write_text("{}")
     if finished:
-        checkpoints.commit(path, 0, 1, step=step, tokens_seen=step * 10, same=same)
+        checkpoints.commit(path, 0, 1, step=step, tokens_seen=step * 10, **run.facts(), **facts)
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps(manifest | {"world_size": run.ranks}))
     return path
 
 
-def choose(output_dir, resume="auto", trust=False, **same):
-    return checkpoints.choose(output_dir, resume, trust, SAME | same)
+def choose(output_dir, how="auto", trust=False, run=RUN, allowed=()):
+    choice = resume.choose(output_dir, how, trust, run, allowed)
+    return choice.checkpoint, choice.said
 
 
 def test_with_none_at_all_a_run_starts_fresh(tmp_path):
@@ -42,9 +59,26 @@ def test_the_newest_whole_one_by_step_is_chosen_whatever_the_times_say(tmp_path)
     for step in (300, 50, 1000):
         make(tmp_path, step)
     os.utime(tmp_path / "checkpoint-50", (9e9, 9e9))
-    (tmp_path / "checkpoint-foo").mkdir()
-    (tmp_path / "checkpoint-2000").write_text("a file")
     assert choose(tmp_path) == (str(tmp_path / "checkpoint-1000"), [])
+
+
+def test_what_only_looks_like_a_checkpoint_is_passed_over_with_the_reason(tmp_path):
+    make(tmp_path, 10)
+    for name in ("checkpoint-foo", "checkpoint--1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-5").write_text("a file")
+    (tmp_path / "checkpoint-7").symlink_to(tmp_path / "checkpoint-7")
+    found, said = choose(tmp_path)
+    assert found == str(tmp_path / "checkpoint-10")
+    assert said == [
+        f"{tmp_path / name} was passed over: {reason}."
+        for name, reason in (
+            ("checkpoint--1", "its name has no step"),
+            ("checkpoint-5", "it is not a directory"),
+            ("checkpoint-7", "it is not a directory"),
+            ("checkpoint-foo", "its name has no step"),
+        )
+    ]
 
 
 def test_an_unfinished_one_is_passed_over_and_said(tmp_path):
@@ -57,7 +91,13 @@ def test_an_unfinished_one_is_passed_over_and_said(tmp_path):
     assert choose(tmp_path)[0] is None  # killed in its first save: it starts again
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "global_step1/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors", "global_step1/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "rng_state_0.pth",
+        "scheduler.pt", "latest",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("harm", ["flip", "truncate", "empty", "delete"])
 def test_a_damaged_file_is_named_and_the_one_before_is_taken(tmp_path, name, harm):
     make(tmp_path, 10)
@@ -71,38 +111,139 @@ def test_a_damaged_file_is_named_and_the_one_before_is_taken(tmp_path, name, har
     found, passed = choose(tmp_path)
     assert found.endswith("checkpoint-10") and str(file) in passed[0]
     shutil.rmtree(tmp_path / "checkpoint-10")
-    with pytest.raises(checkpoints.Damaged, match=f"is whole: .*{file.name} is (missing|damaged)"):
+    with pytest.raises(resume.Damaged, match=f"is whole: .*{file.name} is (missing|damaged)"):
         choose(tmp_path)
 
 
 def test_a_damaged_manifest_is_named(tmp_path):
     (make(tmp_path, 10) / "manifest.json").write_text("{")
-    with pytest.raises(checkpoints.Damaged, match=r"manifest.json is damaged"):
+    with pytest.raises(resume.Damaged, match=r"manifest.json is damaged"):
         choose(tmp_path)
 
 
 def test_a_strangers_checkpoint_is_refused_unless_trusted(tmp_path):
     path = make(tmp_path, 10, finished=False)
-    with pytest.raises(checkpoints.Damaged, match=r"is not one of ours; trust_checkpoint=true loads it"):
-        choose(tmp_path, resume=str(path))
-    assert choose(tmp_path, resume=str(path), trust=True) == (str(path), [])
+    with pytest.raises(resume.Damaged, match=r"is not one of ours; trust_checkpoint=true loads it"):
+        choose(tmp_path, how=str(path))
+    assert choose(tmp_path, how=str(path), trust=True) == (str(path), [])
     with pytest.raises(ValueError, match="is not auto, never or a directory"):
-        choose(tmp_path, resume=str(tmp_path / "none"))
+        choose(tmp_path, how=str(tmp_path / "none"))
 
 
-@pytest.mark.parametrize(("key", "value"), [("world_size", 2), ("data", "xyz"), ("learning_rate", 0.01)])
-def test_going_on_with_another_run_is_refused_naming_both_values(tmp_path, key, value):
+def test_a_pickle_that_the_manifest_does_not_name_is_refused_unread(tmp_path):
     make(tmp_path, 10)
-    was, now = json.dumps(SAME[key]), json.dumps(value)
-    with pytest.raises(ValueError, match=f"was trained with {key} = {was}, now it is {now}: set it back"):
-        choose(tmp_path, **{key: value})
+    fired = tmp_path / "executed"
+
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(fired), "w"))
+
+    torch.save(Hostile(), tmp_path / "checkpoint-10" / "optimizer.pt")
+    with pytest.raises(resume.Damaged, match=r"optimizer.pt is not in its manifest.json: it would be unpickled"):
+        choose(tmp_path)
+    assert not fired.exists()
+    torch.load(tmp_path / "checkpoint-10" / "optimizer.pt", weights_only=False)
+    assert fired.exists()  # it would have been
+
+
+def test_a_model_given_as_a_checkpoint_is_told_apart(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has no trainer_state.json\): init_from=.* starts a run from its weights"):
+        choose(tmp_path / "runs", how=str(tmp_path))
+
+
+def test_going_back_is_refused_where_the_newer_would_be_taken_after_the_next_stop(tmp_path):
+    old = make(tmp_path / "run", 10)
+    make(tmp_path / "run", 20)
+    with pytest.raises(ValueError, match=r"is older than .*checkpoint-20, which would be taken after the next stop"):
+        choose(tmp_path / "run", how=str(old))
+    elsewhere = tmp_path / "elsewhere"
+    assert choose(elsewhere, how=str(old)) == (str(old), [])
+    newer = make(elsewhere, 15)
+    assert choose(elsewhere, how=str(old)) == (str(newer), [])  # the same command, started again
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "remedy"),
+    [
+        ("same", "data", "xyz", ""),
+        ("same", "config hidden_size", 128, ""),
+        ("same", "optim", "adamw_torch_fused", ""),
+        ("same", "block_size", 128, ""),
+        ("same", "seed", 1, ""),
+        ("schedule", "learning_rate", 0.01, r"allow it with allow_changes=\[\"learning_rate\"\], "),
+        ("versions", "transformers", "6.0.0", ""),
+    ],
+)
+def test_going_on_with_another_run_is_refused_naming_both_values_and_the_way_out(tmp_path, part, key, value, remedy):
+    path = make(tmp_path, 10)
+    was, now = json.dumps(getattr(RUN, part)[key]), json.dumps(value)
+    changed = replace(RUN, **{part: getattr(RUN, part) | {key: value}})
+    with pytest.raises(
+        ValueError, match=f"was trained with {key} = {was}, now it is {now}: set it back .*{remedy}"
+    ) as no:
+        choose(tmp_path, run=changed)
+    assert f"init_from={path} and another output_dir" in str(no.value)
+
+
+def test_what_may_change_is_said(tmp_path):
+    path = make(tmp_path, 10)
+    changed = replace(
+        RUN,
+        schedule=RUN.schedule | {"learning_rate": 0.01},
+        free={"max_steps": 200, "logging_steps": 10},
+        versions={"torch": "2.14.0", "transformers": "5.24.0"},
+    )
+    _, said = choose(tmp_path, run=changed, allowed=["learning_rate"])
+    assert said == [
+        f'changed since {path}: learning_rate 0.001 -> 0.01, max_steps 100 -> 200, torch "2.13.0" -> "2.14.0", '
+        'transformers "5.23.0" -> "5.24.0".'
+    ]
+    with pytest.raises(ValueError, match="lr_scheduler_type"):
+        choose(
+            tmp_path,
+            run=replace(RUN, schedule=RUN.schedule | {"lr_scheduler_type": "linear"}),
+            allowed=["learning_rate"],
+        )
+
+
+def test_zero_refuses_other_ranks_and_ddp_keeps_the_global_batch_or_refuses(tmp_path):
+    zero = make(tmp_path / "zero", 10)
+    with pytest.raises(ValueError, match=r"trained with world_size = 2, now it is 1: set it back .*init_from"):
+        choose(zero.parent, run=replace(RUN, ranks=1))
+    ddp = replace(RUN, fixed_ranks=False)
+    path = make(tmp_path / "ddp", 10, run=ddp)
+    choice = resume.choose(path.parent, "auto", False, replace(ddp, ranks=1), ())
+    assert choice.accumulation == 4
+    assert choice.said == [f"changed since {path}: ranks 2 -> 1, gradient_accumulation_steps 2 -> 4."]
+    assert resume.choose(path.parent, "auto", False, replace(ddp, ranks=4), ()).accumulation == 1
+    for ranks_now, accumulation in ((3, 2), (1, 3)):  # cannot share 4 micro-batches; asks for another batch
+        with pytest.raises(ValueError, match=f"micro-batches a step .* = 4, now it is {ranks_now * accumulation}"):
+            choose(path.parent, run=replace(ddp, ranks=ranks_now, accumulation=accumulation))
+    with pytest.raises(ValueError, match="gradient_accumulation_steps = 2, now it is 4"):
+        choose(path.parent, run=replace(ddp, accumulation=4))
+    odd = make(tmp_path / "odd", 10, run=replace(ddp, micro_batches=101))  # two ranks leave one of each epoch out
+    with pytest.raises(ValueError, match="micro-batches an epoch = 100, now it is 101"):
+        choose(odd.parent, run=replace(ddp, micro_batches=101, ranks=1))
+
+
+def test_an_evaluation_that_a_stop_cut_short_is_owed(tmp_path):
+    make(tmp_path, 10)
+    assert not resume.choose(tmp_path, "auto", False, RUN, ()).evaluate_first
+    make(tmp_path, 20, evaluation_owed=True)
+    assert resume.choose(tmp_path, "auto", False, RUN, ()).evaluate_first
+
+
+def test_the_manifest_says_what_the_checkpoint_is(tmp_path):
+    manifest = json.loads((make(tmp_path, 10) / "manifest.json").read_text())
+    assert {"step", "tokens_seen", "world_size", "same", "schedule", "versions", "files"} <= set(manifest)
 
 
 def test_never_refuses_a_directory_that_has_one(tmp_path):
-    assert choose(tmp_path, resume="never") == (None, [])
+    assert choose(tmp_path, how="never") == (None, [])
     make(tmp_path, 10)
     with pytest.raises(ValueError, match="resume = never, but output_dir"):
-        choose(tmp_path, resume="never")
+        choose(tmp_path, how="never")
 
 
 def test_rotation_keeps_the_newest_by_step_counts_only_whole_ones_and_spares_the_permanent(tmp_path):
@@ -112,6 +253,14 @@ def test_rotation_keeps_the_newest_by_step_counts_only_whole_ones_and_spares_the
     os.utime(tmp_path / "checkpoint-100", (9e9, 9e9))
     assert checkpoints.rotate(tmp_path, 2, keep_every=200) == []
     assert [step for step, _ in checkpoints.by_step(tmp_path)] == [500, 400, 300, 200]
+
+
+def test_the_last_whole_one_is_never_removed(tmp_path):
+    make(tmp_path, 10)
+    for step in (20, 30, 40):
+        make(tmp_path, step, finished=False)
+    assert checkpoints.rotate(tmp_path, 2) == []
+    assert [step for step, _ in checkpoints.by_step(tmp_path)] == [40, 30, 20, 10]
 
 
 def test_a_directory_that_cannot_be_removed_is_said_and_training_goes_on(tmp_path, monkeypatch):
@@ -127,150 +276,139 @@ def test_a_directory_that_cannot_be_removed_is_said_and_training_goes_on(tmp_pat
     ]
 
 
-# Real runs: two ranks, ZeRO-2, 8-bit AdamW, accumulation 2, across epochs
-
-STEPS, SAVE = 18, 3
-
-
-@pytest.fixture(scope="session")
-def run_words(corpus_file, tmp_path_factory):
-    where = tmp_path_factory.mktemp("killed")
-    small = where / "small.jsonl"
-    small.write_text("".join(corpus_file.read_text().splitlines(keepends=True)[:18]))
-    overrides = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
-    return where, [
-        "model_name=smollm2-1m", "tokenizer_name=train", f"config_overrides={json.dumps(overrides)}", "block_size=64",
-        f"data_files={small}", "validation_fraction=0.1", "eval_steps=4", "sample_steps=0", "logging_steps=1",
-        "per_device_train_batch_size=2", "gradient_accumulation_steps=2", f"max_steps={STEPS}", f"save_steps={SAVE}",
-        "warmup_steps=3", "learning_rate=3e-3", "disable_tqdm=true",
-    ]  # fmt: skip
+HOLD = """
+import sys, time
+from training import lock
+lock.take(sys.argv[1])
+print("held", flush=True)
+time.sleep(60)
+"""
 
 
-def start(output_dir, words, log):
-    """Launch as a user does, in a process group of its own."""
-    return subprocess.Popen(
-        [str(BIN / "deepspeed"), "--num_gpus", "2", "run_pretrain.py", *words, f"output_dir={output_dir}"],
-        cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def test_two_runs_cannot_share_an_output_dir_and_a_killed_one_leaves_it_free(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(
+        ValueError, match=rf"output_dir = .* is in use by another run \(pid {other.pid} host \S+\): wait"
+    ):
+        lock.take(tmp_path)
+    other.kill()
+    other.wait()
+    who = f"pid {other.pid} host {os.uname().nodename}"
+    once = [sys.executable, "-c", "import sys; from training import lock; print(lock.take(sys.argv[1]))", tmp_path]
+    said = [subprocess.run(once, capture_output=True, text=True, cwd=ROOT).stdout.strip() for _ in range(2)]
+    assert said[0].endswith(f"was left by a run that ended without a word ({who}): taken over.")
+    assert said[1] == "None"  # one that ended in order leaves no word behind
 
 
-def losses(output_dir):
-    path = output_dir / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    return {row["step"]: (row["loss"], row["learning_rate"], row["grad_norm"]) for row in rows if "loss" in row}
+class Metadata(BaseHTTPRequestHandler):
+    """EC2's instance metadata as AWS documents it: a token by PUT, 404 until there is a notice."""
+
+    def do_PUT(self):
+        self.answer(200, "a token") if self.server.imdsv2 else self.answer(403)
+
+    def do_GET(self):
+        self.server.polls.append(self.headers.get("X-aws-ec2-metadata-token"))
+        if self.server.imdsv2 and self.server.polls[-1] != "a token":
+            return self.answer(401)
+        does = self.server.script.pop(0) if len(self.server.script) > 1 else self.server.script[0]
+        if does == "hang":
+            time.sleep(spot.ANSWER_SECONDS + 1)
+        self.answer(200 if does == "hang" else does, '{"action": "terminate", "time": "2026-01-01T00:02:00Z"}')
+
+    def answer(self, status, body=""):
+        try:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+        except OSError:
+            pass  # the watcher has hung up
+
+    def log_message(self, *args):
+        pass
 
 
-def wait_for(condition, process, seconds=240):
-    end = time.monotonic() + seconds
-    while not condition() and process.poll() is None and time.monotonic() < end:
+@pytest.fixture
+def metadata():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    server.script, server.polls, server.imdsv2 = [404], [], True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}/latest/meta-data/spot/instance-action"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("imdsv2", [True, False])
+def test_a_spot_notice_is_heard_and_nothing_else_is(metadata, imdsv2, monkeypatch):
+    monkeypatch.setattr(spot, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # metadata is never asked through a proxy
+    metadata.imdsv2, metadata.script = imdsv2, [404, 500, "hang", 404, 200]
+    heard = []
+    spot.watch(metadata.url, heard.append, poll_seconds=0.05)
+    until = time.monotonic() + 20
+    while not heard and time.monotonic() < until:
         time.sleep(0.05)
-    assert condition(), f"not reached; exit status {process.poll()}"
+    assert heard == ["the cloud's notice that it takes this machine back"] and len(metadata.polls) == 5
 
 
-@pytest.fixture(scope="session")
-def left_alone(run_words):
-    where, words = run_words
-    with open(where / "alone.log", "w") as log:
-        assert start(where / "alone", words, log).wait(600) == 0, (where / "alone.log").read_text()[-3000:]
-    epochs = [json.loads(line)["epoch"] for line in (where / "alone" / "metrics.jsonl").read_text().splitlines()]
-    assert max(epochs) > 2  # the data order of later epochs is at stake too
-    return where / "alone"
+def test_a_metadata_service_that_is_not_there_is_no_notice(metadata):
+    metadata.script = [404]
+    assert not spot.noticed(metadata.url)
+    metadata.imdsv2, metadata.script = False, [200]
+    assert spot.noticed(metadata.url)
+    metadata.shutdown()
+    metadata.server_close()
+    assert not spot.noticed(metadata.url)
 
 
-def assert_equal_runs(one, other):
-    weights = [load_file(directory / "model.safetensors") for directory in (one, other)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert losses(one) == losses(other) and len(losses(one)) == STEPS
-    results = [json.loads((directory / "run.json").read_text())["result"] for directory in (one, other)]
-    assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
-    assert results[0]["tokens_seen"] == results[1]["tokens_seen"]
+@pytest.fixture
+def network_and_directory(tmp_path):
+    config = model.load_config("smollm2-1m", {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64})
+    network = model.random_model(config, 7, "sdpa")
+    network.save_pretrained(tmp_path / "model")
+    return network, tmp_path / "model", config
 
 
-@pytest.mark.slow
-def test_killed_anywhere_and_started_again_the_run_ends_bit_identical(left_alone, run_words):
-    where, words = run_words
-    output_dir, kills = where / "killed", random.Random(0)
-    for number, at_least in enumerate((5, 11, None)):
-        log_path = where / f"killed{number}.log"
-        with open(log_path, "w") as log:
-            process = start(output_dir, words, log)
-            if at_least is None:
-                assert process.wait(600) == 0, log_path.read_text()[-3000:]
-                break
-            wait_for(lambda step=at_least: max(losses(output_dir), default=0) >= step, process)
-            time.sleep(kills.random() * 0.5)
-            os.killpg(process.pid, signal.SIGKILL)  # the runner, the launcher and both ranks
-            assert process.wait() == -signal.SIGKILL
-        done = max(losses(output_dir))
-        assert done < STEPS, "the kill came too late to mean anything"
-    assert "going on from" in log_path.read_text()
-    assert_equal_runs(left_alone, output_dir)
+def test_init_from_takes_the_weights_and_names_the_first_tensor_that_does_not_fit(network_and_directory):
+    network, directory, config = network_and_directory
+    loaded = model.model_from(str(directory), config, "sdpa")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+    wider = model.load_config("smollm2-1m", {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 64})
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is \[64, 32\], .* make it \[64, 64\]"):
+        model.model_from(str(directory), wider, "sdpa")
+    deeper = model.load_config("smollm2-1m", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64})
+    with pytest.raises(ValueError, match=r"there is no model.layers.1\."):
+        model.model_from(str(directory), deeper, "sdpa")
+    torch.save(network.state_dict(), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is not a directory with .safetensors files"):
+        model.model_from(str(directory), config, "sdpa")  # nothing is unpickled
+    assert AutoModelForCausalLM.from_pretrained(directory)  # which transformers alone would have done
 
 
-@pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_whole_checkpoint_and_status_75(left_alone, run_words):
-    where, words = run_words
-    output_dir = where / "stopped"
-    with open(where / "stopped.log", "w") as log:
-        process = start(output_dir, words, log)
-        wait_for(lambda: max(losses(output_dir), default=0) >= 4, process)
-        ranks = subprocess.run(
-            ["pgrep", "-g", str(process.pid), "-f", "run_pretrain.py --local_rank=1"], capture_output=True, text=True
-        ).stdout.split()
-        assert len(ranks) == 1
-        os.kill(int(ranks[0]), signal.SIGTERM)
-        assert process.wait(120) == 75, (where / "stopped.log").read_text()[-3000:]
-    step, newest = checkpoints.by_step(output_dir)[0]
-    assert checkpoints.verify(newest)["step"] == step < STEPS
-    assert f"stopped at step {step}: checkpoint-{step} is whole" in (where / "stopped.log").read_text()
-    with open(where / "stopped.log", "a") as log:
-        assert start(output_dir, words, log).wait(600) == 0
-    assert_equal_runs(left_alone, output_dir)
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:34567",
+        "[gloo/transport/tcp/buffer.cc] Timed out waiting 20000ms for recv operation to complete",
+        "NCCL Error 6: remote process exited or there was a network error",
+    ],
+)
+def test_an_error_that_only_tells_of_another_rank_is_known_as_one(message):
+    assert ranks.LOST.search(message)
+    assert not ranks.LOST.search("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-@pytest.mark.slow
-def test_stop_and_save_files_are_heard(left_alone, run_words):
-    where, words = run_words
-    output_dir = where / "files"
-    with open(where / "files.log", "w") as log:
-        process = start(output_dir, words, log)
-        wait_for(lambda: max(losses(output_dir), default=0) >= 1, process)
-        (output_dir / "SAVE").touch()
-        wait_for(lambda: not (output_dir / "SAVE").exists(), process)
-        (output_dir / "STOP").touch()
-        assert process.wait(120) == 75, (where / "files.log").read_text()[-3000:]
-    saved = {step for step, path in checkpoints.by_step(output_dir) if checkpoints.verify(path)}
-    assert any(step % SAVE for step in saved) and not (output_dir / "STOP").exists()
+def test_a_worker_ignores_the_signals_and_the_rank_does_not():
+    rows = torch.utils.data.DataLoader(range(4), num_workers=1, collate_fn=guards.DeafInWorkers(handler_of_sigterm))
+    assert set(rows) == {str(signal.SIG_IGN)}
+    assert guards.DeafInWorkers(handler_of_sigterm)([]) != str(signal.SIG_IGN)
 
 
-@pytest.mark.slow
-def test_a_finished_run_started_again_trains_nothing_and_ends_the_same(left_alone, run_words, tmp_path):
-    _, words = run_words
-    again = tmp_path / "again"
-    shutil.copytree(left_alone, again)
-    with open(tmp_path / "log", "w") as log:
-        assert start(again, words, log).wait(600) == 0
-    assert_equal_runs(left_alone, again)
-
-
-@pytest.mark.slow
-def test_a_flipped_byte_in_the_newest_is_named_and_another_learning_rate_is_refused(left_alone, run_words, tmp_path):
-    _, words = run_words
-    harmed = tmp_path / "harmed"
-    shutil.copytree(left_alone, harmed)
-    shard = next(harmed.glob(f"checkpoint-{STEPS}/global_step*/*rank_1*optim_states.pt"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    with open(tmp_path / "log", "w+") as log:
-        assert start(harmed, words, log).wait(600) == 0
-        log.seek(0)
-        text = log.read()
-    assert f"{shard} is damaged: sha256" in text and f"going on from {harmed / f'checkpoint-{STEPS - SAVE}'}" in text
-    assert_equal_runs(left_alone, harmed)
-    with open(tmp_path / "log", "w+") as log:
-        assert start(harmed, [*words, "learning_rate=1e-3"], log).wait(600) == 2
-        log.seek(0)
-        lines = [line for line in log.read().splitlines() if "error:" in line]
-    assert len(lines) == 1 and "trained with learning_rate = 0.003, now it is 0.001" in lines[0]
+def handler_of_sigterm(rows):
+    return str(signal.getsignal(signal.SIGTERM))

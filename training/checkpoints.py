@@ -14,7 +14,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 MANIFEST = "manifest.json"
-_STEP = re.compile(r"checkpoint-(\d+)")
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+_STEP = re.compile(r"checkpoint-(0|[1-9]\d*)")
 _RANK = re.compile(r"rng_state_(\d+)\.|(?:pp|dp)_rank_(\d+)_")
 
 
@@ -22,6 +23,17 @@ def by_step(output_dir):
     """Checkpoint directories of a run, newest step first: [(step, path)]."""
     found = [(_STEP.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def finished(output_dir):
+    """Those that a manifest vouches for, newest step first."""
+    return [path for _, path in by_step(output_dir) if (path / MANIFEST).is_file()]
+
+
+def step_of(path):
+    """The step in a checkpoint's name; -1 where there is none."""
+    match = _STEP.fullmatch(Path(path).name)
+    return int(match[1]) if match else -1
 
 
 def describe(path):
@@ -99,6 +111,9 @@ def verify(checkpoint):
     manifest = read_manifest(checkpoint)
     if manifest is None:
         raise ValueError(f"{checkpoint} has no {MANIFEST}: it was never finished, or is not one of ours")
+    for path in sorted(Path(checkpoint).rglob("*")):
+        if path.suffix in PICKLES and path.relative_to(checkpoint).as_posix() not in manifest["files"]:
+            raise ValueError(f"{path} is not in its {MANIFEST}: it would be unpickled, and anyone may have written it")
     for name, entry in manifest["files"].items():
         path = Path(checkpoint, name)
         if not path.is_file():
@@ -108,87 +123,6 @@ def verify(checkpoint):
         if (found := describe(path)["sha256"]) != entry["sha256"]:
             raise ValueError(f"{path} is damaged: sha256 {found[:12]}, its manifest says {entry['sha256'][:12]}")
     return manifest
-
-
-class Damaged(ValueError):
-    """There are finished checkpoints, and not one is whole."""
-
-
-def choose(output_dir, resume, trust, same):
-    """The checkpoint to go on from.
-
-    Args:
-        resume: auto (the newest whole one), never, or a checkpoint's path.
-        trust: Load a path that no manifest vouches for.
-        same: See check_same_run.
-
-    Returns:
-        (path or None to start fresh, sentences on those passed over). None: nothing was ever finished here.
-
-    Raises:
-        Damaged: No whole one is left, or the path is damaged.
-        ValueError: The path is none, the checkpoint is another run's, or never was said and there is one.
-    """
-    finished = [path for _, path in by_step(output_dir) if (path / MANIFEST).is_file()]
-    if resume == "never":
-        if finished:
-            raise ValueError(
-                f"resume = never, but output_dir = {output_dir} holds {finished[0]}: name another output_dir."
-            )
-        return None, []
-    if resume == "auto":
-        found, passed = find_resumable(output_dir)
-    else:
-        found, passed = Path(resume), []
-        if not found.is_dir():
-            raise ValueError(f"resume = {resume} is not auto, never or a directory.")
-        if not trust:
-            try:
-                verify(found)
-            except ValueError as error:
-                raise Damaged(f"resume = {resume}: {error}; trust_checkpoint=true loads it all the same.") from None
-    manifest = read_manifest(found) if found else None
-    if manifest:
-        check_same_run(found, manifest, same)
-    return (str(found) if found else None), passed
-
-
-def find_resumable(output_dir):
-    """The newest whole checkpoint's path or None, and sentences on those passed over; Damaged as `choose`."""
-    passed, damaged = [], None
-    for _, path in by_step(output_dir):
-        if not (path / MANIFEST).is_file():
-            passed.append(f"{path} was passed over: it was never finished (no {MANIFEST}).")
-            continue
-        try:
-            verify(path)
-        except ValueError as error:
-            damaged = str(error)
-            passed.append(f"{path} was passed over: {error}.")
-            continue
-        return path, passed
-    if damaged:
-        raise Damaged(f"no checkpoint in {output_dir} is whole: {damaged}. Restore it, or name another output_dir.")
-    return None, passed
-
-
-def check_same_run(checkpoint, manifest, facts):
-    """Refuse to go on with another run than the checkpoint's.
-
-    Args:
-        manifest: The checkpoint's.
-        facts: {key: value} of what this command would train; each key that the manifest has must agree.
-
-    Raises:
-        ValueError: Names the first key that differs and both values.
-    """
-    saved = {"world_size": manifest["world_size"], **manifest.get("same", {})}
-    for key, value in json.loads(json.dumps(facts)).items():
-        if key in saved and saved[key] != value:
-            raise ValueError(
-                f"{checkpoint} was trained with {key} = {json.dumps(saved[key])}, now it is {json.dumps(value)}: set "
-                "it back to go on with that run, or start a new one in another output_dir."
-            )
 
 
 def rotate(output_dir, limit, keep_every=0):

@@ -1,16 +1,48 @@
-"""All ranks stop together: a signal to any of them, or a STOP file, ends the run at one step, checkpoint whole."""
+"""All ranks stop together: a signal to any of them, a STOP file or a launcher's death ends the run at one step."""
 
 import os
 import signal
+import sys
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
+from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = os.EX_TEMPFAIL  # exit status 75: interrupted and resumable
 _GO_ON, _SAVE, _STOP = 0, 1, 2
+
+
+def leave_on_signal():
+    """Outside training a signal ends the process at once with status 75: everything there is made again or is whole."""
+    for number in SIGNALS:
+        signal.signal(number, _leave)
+
+
+def _leave(number, frame):
+    for child in psutil.Process().children(recursive=True):  # processes that prepare would be waited for
+        child.terminate()
+    if os.environ.get("RANK", "0") == "0":
+        os.write(1, f"{signal.Signals(number).name}: stopped, nothing is lost, the same command goes on.\n".encode())
+    sys.exit(INTERRUPTED)
+
+
+def launchers():
+    """The pids above this rank that must live: its launcher's, and above DeepSpeed's launch.py the runner's.
+
+    The runner dies of a SIGTERM without a word to launch.py, which would train on (DeepSpeed 0.19.8): its death shows
+    as launch.py's new parent. Empty where no launcher started this process: a shell may end before its run.
+    """
+    parent = os.getppid()
+    try:
+        if "deepspeed.launcher.launch" in psutil.Process(parent).cmdline():
+            return (parent, psutil.Process(parent).ppid())
+    except psutil.Error:
+        return ()
+    return (parent,) if "TORCHELASTIC_RUN_ID" in os.environ else ()
 
 
 class StopTogether(TrainerCallback):
@@ -19,17 +51,27 @@ class StopTogether(TrainerCallback):
     The deepspeed launcher signals its ranks one after another and gives each 30 seconds, so that a rank which saves
     alone waits for the others until it is killed; only an agreement at the end of a step is safe. Files in output_dir:
     STOP saves and stops, SAVE saves and goes on; both are removed when heard.
+
+    Args:
+        above: What `launchers` said when the process began.
+
+    Attributes:
+        heard: What asked this rank to stop, or None.
+        stopped: Training was ended before its last step.
     """
 
-    def __init__(self, output_dir):
-        self.directory, self.heard, self.stopped = Path(output_dir), None, False
+    def __init__(self, output_dir, above=()):
+        self.directory, self.above, self.heard, self.stopped = Path(output_dir), above, None, False
         for number in SIGNALS:
-            signal.signal(number, self._hear)
+            signal.signal(number, lambda number, frame: self.hear(signal.Signals(number).name))
 
-    def _hear(self, number, frame):
-        self.heard = self.heard or signal.Signals(number).name  # a second signal changes nothing
+    def hear(self, why):
+        """Ask for a stop at the end of the step; a second asking changes nothing."""
+        self.heard = self.heard or why
 
     def _wish(self, first):
+        if not self.heard and self.above and launchers() != self.above:
+            self.hear("the end of its launcher")
         if self.heard:
             return _STOP
         for name, wish in (("STOP", _STOP), ("SAVE", _SAVE)):
@@ -38,16 +80,42 @@ class StopTogether(TrainerCallback):
                 return wish
         return _GO_ON
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def _agree(self, args, state, control):
+        """All ranks call; the strongest wish of any is what all do. Returns it."""
         wish = torch.tensor(self._wish(state.is_world_process_zero), device=args.device)
         if dist.is_initialized():
             dist.all_reduce(wish, op=dist.ReduceOp.MAX)
-        if wish.item() >= _SAVE:
-            control.should_save = True
         if wish.item() == _STOP and state.global_step < state.max_steps:
             self.stopped = control.should_training_stop = True
+        return wish.item()
 
-    def restore_signals(self):
-        """After training: what ends the run now is the default again, and no saving is waited for."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._agree(args, state, control) >= _SAVE:
+            control.should_save = True
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """Between two held-out batches: what is left of them waits for the next start, the save does not."""
+        wish = self._agree(args, state, control)
+        control.should_save |= wish >= _SAVE
+        control.should_evaluate &= wish < _STOP
+
+    def on_save(self, args, state, control, **kwargs):
+        """What was heard while saving needs no step more."""
+        if not control.should_training_stop:
+            self._agree(args, state, control)
+
+
+class DeafInWorkers:
+    """A collator whose DataLoader workers ignore the signals: launchers send them to a rank's children too.
+
+    torch's workers would die of a SIGTERM and take the checkpoint being written with them.
+    """
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, rows):
+        if get_worker_info() is not None:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+        return self.collator(rows)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, set_seed
 
 _TABLE = json.loads((Path(__file__).resolve().parent.parent / "architectures.json").read_text(encoding="utf-8"))
@@ -141,6 +142,32 @@ def check_masking(network):
             f"intra_document_masking = true: {type(network).__name__} lets attention run across documents whatever "
             "their positions. Set intra_document_masking=false to train it so, or take another model."
         )
+
+
+def model_from(path, config, attn_implementation):
+    """The model with the weights of a checkpoint or model directory, in float32; nothing is unpickled.
+
+    Raises:
+        ValueError: There are none, or the first tensor that is missing or has another shape.
+    """
+    files = sorted(Path(path).expanduser().glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"init_from = {path} is not a directory with .safetensors files.")
+    found = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            found |= {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    tied = network._tied_weights_keys or {} if config.tie_word_embeddings else {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if found.get(name) != (shape := list(parameter.shape)) and not (name in tied and name not in found):
+            there = f"{name} is {found[name]}" if name in found else f"there is no {name}"
+            raise ValueError(f"init_from = {path}: {there}, model_name and config_overrides make it {shape}.")
+    config._name_or_path = ""
+    return AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=torch.float32, attn_implementation=attn_implementation, use_safetensors=True
+    )
 
 
 def random_model(config, seed, attn_implementation):

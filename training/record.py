@@ -1,5 +1,6 @@
 """What happened: metrics.jsonl and samples.jsonl for programs, training_log.md for people, a bar for who waits."""
 
+import hashlib
 import json
 import math
 import os
@@ -30,6 +31,49 @@ def write_run(output_dir, **entries):
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(run | entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_start(output_dir, arguments, manifest, git, plan):
+    """run.json before the first step: what was asked, with what, on which data, and the plan."""
+    splits = manifest.splits
+    data = {key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "blocks")}
+    data |= {"fingerprint": manifest.fingerprint, "source": manifest.source, "splits": splits}
+    write_run(output_dir, arguments=arguments, versions=versions(), git_commit=git, plan=plan, data=data)
+
+
+def write_result(output_dir, log, results, result):
+    """run.json after the last step, and the sentences that say it.
+
+    Args:
+        results: {trained, random, unigram: scores of held-out documents}, or None where nothing was held out.
+        result: What the Trainer counted: tokens_seen, skipped_steps.
+    """
+    result, said = result | {"tokens_per_second": round(log.tokens_per_second, 1)}, []
+    if results:
+        bits = {name: scores["bits_per_byte"] for name, scores in results.items()}
+        trained = results["trained"]
+        result |= {
+            "bits_per_byte": bits["trained"],
+            "random_bits_per_byte": bits["random"],
+            "unigram_bits_per_byte": bits["unigram"],
+            "held_out": trained,
+        }
+        said.append(
+            f"held-out bits per byte: {bits['trained']:.4f} (random weights {bits['random']:.4f}, unigram model "
+            f"{bits['unigram']:.4f}), over {trained['documents']} documents, window {trained['window']}, stride "
+            f"{trained['stride']}."
+        )
+    write_run(output_dir, result=result)
+    said.append(
+        f"done: {result['tokens_seen']:,} tokens seen, {log.tokens_per_second:,.0f} tokens/s. The model is in "
+        f"{output_dir}; training_log.md and report/ there say how it went."
+    )
+    return said
+
+
+def digest(arguments):
+    """sha256 of resolved arguments."""
+    return hashlib.sha256(json.dumps(arguments, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def versions():
@@ -67,11 +111,23 @@ class Record(TrainerCallback):
         prompts: What the model continues every sample_steps: all into samples.jsonl, the first few into the log.
         flops_per_token: Model FLOPs of one training token, and
         peak_flops: FLOPs a second that a rank's device can do, for the MFU; None where either is not known.
+        random_weights: How the run began: only then is ln(vocabulary) its first loss.
     """
 
-    def __init__(self, output_dir, tokenizer, device, zero3=False, prompts=(), flops_per_token=None, peak_flops=None):
+    def __init__(
+        self,
+        output_dir,
+        tokenizer,
+        device,
+        zero3=False,
+        prompts=(),
+        flops_per_token=None,
+        peak_flops=None,
+        random_weights=True,
+    ):
         self.directory, self.tokenizer, self.device, self.zero3 = Path(output_dir), tokenizer, device, zero3
         self.prompts, self.flops_per_token, self.peak_flops = prompts, flops_per_token, peak_flops
+        self.random_weights = random_weights
         self.training_seconds, self.tokens_trained = 0.0, 0  # without evaluation, sampling and saving
         self.at_last_log, self.measured = (0, 0.0, 0.0), {}
         self.bar, self.in_table, self.first_loss = None, False, None
@@ -107,7 +163,7 @@ class Record(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.tokens_before = state.num_input_tokens_seen
         if state.is_world_process_zero:
-            self._keep_until(state.global_step)
+            self._keep_until(state.global_step, evaluated_again=args.eval_on_start)
             fresh = state.global_step == 0
             self._log("# Training log\n" if fresh else f"\nResumed at step {state.global_step}.\n", fresh)
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=args.disable_tqdm)
@@ -151,7 +207,7 @@ class Record(TrainerCallback):
                 f"| {state.global_step} | {row['loss']:.4f} | {row['learning_rate']:.3e} | {norm} "
                 f"| {state.num_input_tokens_seen:,} | {row['tokens_per_second']:,.0f} | {row['peak_memory_gib']:.2f} |"
             )
-            if state.global_step == 1:
+            if state.global_step == 1 and self.random_weights:
                 self._hold_first_loss(logs["loss"], kwargs["model"].config.vocab_size)
         self.mark = time.monotonic()
 
@@ -205,12 +261,17 @@ class Record(TrainerCallback):
         with open(self.directory / file, "a", encoding="utf-8") as rows:
             rows.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def _keep_until(self, step):
-        """Drop rows after `step`: a resumed run writes them again."""
+    def _keep_until(self, step, evaluated_again):
+        """Drop what a resumed run writes again, and a row that a kill cut short."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.directory / name
-            rows = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-            path.write_text("".join(row for row in rows if json.loads(row)["step"] <= step and step), encoding="utf-8")
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+            rows = [(json.loads(line), line) for line in lines if line.endswith("}\n")]
+            if evaluated_again:
+                rows = [(row, line) for row, line in rows if row["step"] != step or "eval_loss" not in row]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(line for row, line in rows if row["step"] <= step and step), encoding="utf-8")
+            os.replace(partial, path)
 
     def _say(self, sentence):
         self._prose(sentence)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from . import checkpoints
@@ -20,12 +21,14 @@ class PretrainTrainer(Trainer):
     weighs held-out loss by tokens.
 
     Attributes:
-        same: What a run that goes on from a checkpoint must have in common with this one, {key: JSON value}.
+        facts: What a run that goes on from a checkpoint of this one is held against, JSON values for the manifest.
+        evaluation_owed: A stop came during an evaluation: whoever goes on makes it up first.
         bytes_per_token: See held_out.py; None measures held-out loss in nats alone.
         measure: Takes the seconds spent waiting for data, returns what each log line adds; all ranks call it.
     """
 
-    same: ClassVar[dict] = {}
+    facts: ClassVar[dict] = {}
+    evaluation_owed = False
     bytes_per_token = measure = None
     data_wait_seconds = 0.0
 
@@ -106,13 +109,14 @@ class PretrainTrainer(Trainer):
 
         Returns:
             {eval_loss: nats a token, eval_bits_per_byte (EOS costs bits and has no bytes), eval_tokens: tokens scored,
-            eval_runtime: seconds, epoch}.
+            eval_runtime: seconds, epoch}; empty where a stop was asked for between two batches.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         args, started, model = self.args, time.monotonic(), self.model_wrapped
         sums = torch.zeros(3, dtype=torch.float64, device=args.device)  # nats, tokens, bytes
         mine = range(args.process_index, math.ceil(len(dataset) / args.world_size) * args.world_size, args.world_size)
         model.eval()
+        self.control.should_evaluate = True
         with torch.no_grad():
             for start in range(0, len(mine), args.per_device_eval_batch_size):
                 rows = mine[start : start + args.per_device_eval_batch_size]
@@ -127,7 +131,13 @@ class PretrainTrainer(Trainer):
                 loss = model(**self._prepare_inputs(batch)).loss.double()
                 nats = loss if self.model_accepts_loss_kwargs else loss * tokens
                 sums += torch.stack((nats, tokens.to(nats), size.to(nats)))
+                self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+                self.evaluation_owed = not self.control.should_evaluate
+                if self.evaluation_owed:
+                    break
         model.train()
+        if self.evaluation_owed:
+            return {}
         if dist.is_initialized():
             dist.all_reduce(sums)
         metrics = {
@@ -171,11 +181,23 @@ class PretrainTrainer(Trainer):
             args.world_size,
             step=self.state.global_step,
             tokens_seen=self.state.num_input_tokens_seen,
-            same=self.same,
+            evaluation_owed=self.evaluation_owed,
+            **self.facts,
         )
         if args.process_index == 0:
             for sentence in checkpoints.rotate(args.output_dir, limit, args.keep_every_steps):
                 print(sentence, flush=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Trainer's, then the arguments' schedule: the state just loaded holds the checkpoint's, which would win."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler, peak = self.lr_scheduler, self.args.learning_rate
+        if not isinstance(scheduler, LambdaLR):
+            return
+        scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
+        scheduler._last_lr = [peak * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = peak, rate
 
     def create_model_card(self, *args, **kwargs):
         """Nothing: Trainer's card calls every run a fine-tune."""

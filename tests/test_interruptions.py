@@ -1,0 +1,445 @@
+"""Killed, signalled, failing, changed: real runs of two ranks, ZeRO-2, 8-bit AdamW, accumulation 2, across epochs.
+
+Where the launcher matters it is `deepspeed`; elsewhere tests/faults.py forks ranks from a process that has imported
+everything. Each fault leaves a line in a file when it happens, and each test counts them.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import psutil
+import pytest
+import torch
+from conftest import BIN, ROOT
+from safetensors.torch import load_file
+from test_checkpoints import metadata  # noqa: F401, a fixture
+
+from smolpretrain.training import checkpoints, lock, spot
+
+pytestmark = pytest.mark.slow
+
+STEPS, SAVE, RATE, WARMUP = 18, 3, 3e-3, 3
+SOAK_KILLS = int(os.environ.get("SOAK_KILLS", 20))  # of the test, not of the product
+PLAIN = ["deepspeed=null", "optim=adamw_torch_fused", "per_device_train_batch_size=4"]
+
+
+@pytest.fixture(scope="session")
+def where(tmp_path_factory):
+    return tmp_path_factory.mktemp("interrupted")
+
+
+@pytest.fixture(scope="session")
+def words(corpus_file, where):
+    small = where / "small.jsonl"
+    small.write_text("".join(corpus_file.read_text().splitlines(keepends=True)[:18]))
+    overrides = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+    return [
+        "model_name=smollm2-1m", "tokenizer_name=train", f"config_overrides={json.dumps(overrides)}", "block_size=64",
+        f"data_files={small}", "validation_fraction=0.1", "eval_steps=4", "sample_steps=0", "logging_steps=1",
+        "per_device_train_batch_size=2", "gradient_accumulation_steps=2", f"max_steps={STEPS}", f"save_steps={SAVE}",
+        "save_total_limit=2", f"warmup_steps={WARMUP}", f"learning_rate={RATE}", "disable_tqdm=true",
+        "per_device_eval_batch_size=2",
+    ]  # fmt: skip
+
+
+class Ranks:
+    """Launches of ranks forked from tests/faults.py."""
+
+    def __init__(self, where):
+        self.where, self.fired = where, where / "fired.jsonl"
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        answers, write = os.pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, "tests/faults.py", "serve", str(write)], cwd=ROOT, env=environment, text=True,
+            stdin=subprocess.PIPE, pass_fds=[write],
+        )  # fmt: skip
+        os.close(write)
+        self.answers = os.fdopen(answers)
+
+    def start(self, output_dir, words, fault=None, **request):
+        self.log = self.where / f"{output_dir.name}.log"
+        self.mark = self.log.stat().st_size if self.log.exists() else 0
+        request |= {"words": [*words, f"output_dir={output_dir}"], "log": str(self.log)}
+        if fault:
+            request["fault"] = {"rank": 0, "fired": str(self.fired)} | fault
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        self.pids = json.loads(self.answers.readline())
+
+    def wait(self):
+        return json.loads(self.answers.readline())
+
+    def run(self, *args, **request):
+        """The ranks' exit statuses, and what this launch printed."""
+        self.start(*args, **request)
+        return self.wait(), self.log.read_text()[self.mark :]
+
+    def times_fired(self):
+        return len(self.fired.read_text().splitlines()) if self.fired.exists() else 0
+
+
+@pytest.fixture(scope="session")
+def ranks(where):
+    ranks = Ranks(where)
+    yield ranks
+    ranks.process.stdin.close()
+    ranks.process.wait(60)
+
+
+def launch(output_dir, words, log, *before, script=("run_pretrain.py",)):
+    """`deepspeed` as a user calls it, `before` before it, in a session of its own."""
+    return subprocess.Popen(
+        [*before, str(BIN / "deepspeed"), "--num_gpus", "2", *script, *words, f"output_dir={output_dir}"],
+        cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def metrics(output_dir, *keys):
+    path = output_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return {row["step"]: tuple(row[key] for key in keys) for row in rows if keys[0] in row}
+
+
+def losses(output_dir):
+    return metrics(output_dir, "loss", "learning_rate", "grad_norm")
+
+
+def wait_for(condition, process, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    assert condition(), f"not reached; exit status {process.poll()}"
+
+
+@pytest.fixture(scope="session")
+def left_alone(words, where):
+    with open(where / "alone.log", "w") as log:
+        assert launch(where / "alone", words, log).wait(600) == 0, (where / "alone.log").read_text()[-3000:]
+    epochs = metrics(where / "alone", "epoch")
+    assert max(epochs.values())[0] > 2  # the data order of later epochs is at stake too
+    return where / "alone"
+
+
+def assert_equal_runs(one, other, steps=STEPS):
+    """Losses, rates, norms, held-out losses, the model, its score, and all state of the last checkpoint, bit by bit."""
+    assert losses(one) == losses(other) and len(losses(one)) == steps
+    assert metrics(one, "eval_loss", "eval_tokens") == metrics(other, "eval_loss", "eval_tokens")
+    weights = [load_file(directory / "model.safetensors") for directory in (one, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    results = [json.loads((directory / "run.json").read_text())["result"] for directory in (one, other)]
+    assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
+    assert results[0]["tokens_seen"] == results[1]["tokens_seen"]
+    files = [checkpoints.verify(directory / f"checkpoint-{steps}")["files"] for directory in (one, other)]
+    state = [name for name in files[0] if name.endswith((".safetensors", "optim_states.pt", "scheduler.pt", ".pth"))]
+    assert len(state) == 6
+    assert [name for name in state if files[0][name]["sha256"] != files[1][name]["sha256"]] == []
+
+
+def assert_stopped_whole(output_dir, text):
+    step, newest = checkpoints.by_step(output_dir)[0]
+    assert checkpoints.verify(newest)["step"] == step
+    assert f": checkpoint-{step} is whole, the same command goes on from it." in text
+    return step
+
+
+def test_killed_at_every_point_the_run_ends_bit_identical(left_alone, words, where, ranks):
+    output_dir, kills = where / "killed", 0
+    ranks.run(where / "counted", [*words, "max_steps=4"], {"point": "file", "at": 0, "do": "count"})
+    files = ranks.times_fired() // 2  # of one save: it saves at step 3 and at its end
+    assert files >= 10
+    points = [("prepare", 1, 0), ("prepare", 2, 0), ("begin", 1, 1), ("substep", 2, 0)]
+    points += [("file", at, 0) for at in range(1, files + 1)] + [("file", 1, 1), ("file", 2, 1)]
+    points += [("prediction", 2, 0), ("rotation", 1, 0), ("rotation", 2, 0), ("rotation", 5, 0), ("end", 1, 0)]
+    before = ranks.times_fired()
+    for point, at, rank in points:
+        kill = {"point": point, "at": at, "rank": rank, "do": "kill all"}
+        statuses, text = ranks.run(output_dir, words, kill)
+        assert statuses == [-signal.SIGKILL] * 2, (point, at, text[-2000:])
+        kills += 1
+    assert ranks.times_fired() - before == kills == len(points)
+    statuses, text = ranks.run(output_dir, words)
+    assert statuses == [0, 0] and f"going on from {output_dir}/checkpoint-{STEPS}" in text, text[-2000:]
+    assert "was passed over: it was never finished" in ranks.log.read_text()
+    assert_equal_runs(left_alone, output_dir)
+
+
+def test_a_soak_of_kills_at_random_moments_ends_bit_identical(left_alone, words, where, ranks):
+    moments, kills, rounds = random.Random(0), 0, 0
+    began = time.monotonic()
+    assert ranks.run(where / "soak0", words)[0] == [0, 0]
+    whole = time.monotonic() - began
+    while kills < SOAK_KILLS:
+        rounds += 1
+        output_dir = where / f"soak{rounds}"
+        while True:
+            ranks.start(output_dir, words)
+            alive = kills < SOAK_KILLS and Timer(moments.uniform(0.1, whole * 0.9), ranks.pids[0])
+            statuses = ranks.wait()
+            if alive and alive.join():
+                assert statuses == [-signal.SIGKILL] * 2, ranks.log.read_text()[-2000:]
+                kills += 1
+            else:
+                assert statuses == [0, 0], ranks.log.read_text()[-2000:]
+                break
+        assert_equal_runs(left_alone, output_dir)
+    print(f"{kills} SIGKILLs at random moments over {rounds} runs, each bit-identical to one left alone")
+
+
+class Timer:
+    """SIGKILL to a process group after some seconds, from a process of its own."""
+
+    def __init__(self, seconds, group):
+        code = f"import os, time; time.sleep({seconds}); os.killpg({group}, 9)"
+        self.process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+
+    def join(self):
+        """Whether it killed; a group that had ended cannot be."""
+        self.process.kill() if self.process.poll() is None else None
+        return self.process.wait() == 0
+
+
+def test_signals_at_every_point_stop_all_ranks_and_the_run_ends_bit_identical(left_alone, words, where, ranks):
+    output_dir = where / "signalled"
+    before, steps = ranks.times_fired(), []
+    for point, at, rank, signals in (
+        ("prepare", 1, 0, "SIGTERM"),
+        ("begin", 1, 1, "SIGUSR1"),
+        ("substep", 2, 1, "SIGTERM SIGTERM SIGINT"),  # a second changes nothing
+        ("prediction", 2, 1, "SIGINT"),
+        ("file", 4, 0, "SIGTERM"),
+        ("end", 1, 0, "SIGTERM"),
+    ):
+        fault = {"point": point, "at": at, "rank": rank, "do": signals}
+        statuses, text = ranks.run(output_dir, words, fault)
+        assert statuses == [75, 75], (point, text[-2000:])
+        assert "Traceback" not in text
+        if point not in ("prepare", "end"):
+            steps.append(assert_stopped_whole(output_dir, text))
+    assert ranks.times_fired() - before == 6
+    assert steps == sorted(set(steps)) and steps[2] % 4 == 0  # stopped in the evaluation after a fourth step
+    assert ranks.run(output_dir, words)[0] == [0, 0]
+    assert_equal_runs(left_alone, output_dir)  # so the held-out loss that was cut short was made up
+
+
+def processes_of(session):
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = " ".join(process.info["cmdline"] or [])
+        except (ProcessLookupError, psutil.Error):
+            pass
+    return found
+
+
+def pid_of(session, *parts):
+    found = [pid for pid, command in processes_of(session).items() if all(part in command for part in parts)]
+    assert found, processes_of(session)
+    return min(found)
+
+
+def test_whoever_is_signalled_the_ranks_stop_whole(left_alone, words, where, ranks):
+    """Our launcher with DataLoader workers, the bare runner, and DeepSpeed's launch.py, one after another."""
+    output_dir, log_path = where / "whoever", where / "whoever.log"
+    lines = [*words, "dataloader_num_workers=2"]
+    steps = [0]
+    with open(log_path, "w") as log:
+        process = launch(output_dir, lines, log, sys.executable, "launch.py")
+        wait_for(lambda: max(losses(output_dir), default=0) >= 2, process)
+        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(120) == 75, log_path.read_text()[-3000:]
+        steps.append(assert_stopped_whole(output_dir, log_path.read_text()))
+
+        for target, expected in (("bin/deepspeed", -signal.SIGTERM), ("deepspeed.launcher.launch", 1)):
+            process = launch(output_dir, lines, log)
+            wait_for(lambda: max(losses(output_dir), default=0) > steps[-1], process)
+            os.kill(pid_of(process.pid, target), signal.SIGTERM)
+            assert process.wait(120) == expected, log_path.read_text()[-3000:]
+            end = time.monotonic() + 120
+            while processes_of(process.pid) and time.monotonic() < end:
+                time.sleep(0.1)
+            assert not processes_of(process.pid)  # none is left to train on alone
+            steps.append(assert_stopped_whole(output_dir, log_path.read_text()))
+    assert steps == sorted(set(steps)) and steps[-1] < STEPS, "a signal came too late to mean anything"
+    assert "DataLoader worker" not in log_path.read_text()
+    assert "stopped at step" in log_path.read_text() and "(the end of its launcher)" in log_path.read_text()
+    assert ranks.run(output_dir, words)[0] == [0, 0]
+    assert_equal_runs(left_alone, output_dir)
+
+
+def test_a_launcher_that_is_killed_ends_the_run_whole_under_ours(words, where):
+    output_dir, log_path = where / "launcherless", where / "launcherless.log"
+    with open(log_path, "w") as log:
+        process = launch(output_dir, words, log, sys.executable, "launch.py")
+        wait_for(lambda: max(losses(output_dir), default=0) >= 2, process)
+        (child,) = psutil.Process(process.pid).children()
+        os.kill(pid_of(child.pid, "deepspeed.launcher.launch"), signal.SIGKILL)
+        assert process.wait(120) == 75, log_path.read_text()[-3000:]
+    assert_stopped_whole(output_dir, log_path.read_text())
+
+
+def test_stop_and_save_files_are_heard(words, where, ranks):
+    output_dir = where / "files"
+    output_dir.mkdir()
+    (output_dir / "SAVE").touch()
+    statuses, _ = ranks.run(output_dir, [*words, "max_steps=2", "warmup_steps=1"])
+    assert statuses == [0, 0] and checkpoints.verify(output_dir / "checkpoint-1") and not (output_dir / "SAVE").exists()
+    output_dir = where / "stop"
+    output_dir.mkdir()
+    (output_dir / "STOP").touch()
+    statuses, text = ranks.run(output_dir, words)
+    assert statuses == [75, 75] and assert_stopped_whole(output_dir, text) == 1 and not (output_dir / "STOP").exists()
+
+
+def test_a_spot_notice_stops_the_run(words, where, ranks, metadata):  # noqa: F811
+    output_dir = where / "spot"
+    metadata.script = [404, 200]
+    pause = {"point": "substep", "at": 2, "do": f"sleep {2 * spot.POLL_SECONDS + 1}"}
+    statuses, text = ranks.run(output_dir, [*words, f"spot_notice_url={metadata.url}"], pause)
+    assert statuses == [75, 75] and "(the cloud's notice that it takes this machine back)" in text, text[-2000:]
+    assert metadata.polls == ["a token"] * 2 and assert_stopped_whole(output_dir, text) <= 3
+
+
+def test_a_rank_that_raises_ends_the_run_and_its_error_is_shown_first_and_once(words, where):
+    fired, log_path = where / "raised.jsonl", where / "raised.log"
+    fault = json.dumps({"point": "substep", "at": 4, "rank": 1, "do": "raise", "fired": str(fired)})
+    with open(log_path, "w") as log:
+        process = launch(where / "raised", words, log, script=("tests/faults.py", fault))
+        assert process.wait(300) == 1
+    text = log_path.read_text()
+    assert len(fired.read_text().splitlines()) == 1
+    assert text.count("Traceback") == 1 == text.count("OutOfMemoryError: out of memory, as injected"), text[-3000:]
+    assert "rank 1 failed at step 4:" in text and "closed by peer" not in text
+    assert not processes_of(process.pid)
+
+
+@pytest.mark.parametrize("do", ["sleep 1000", "SIGKILL"])
+def test_a_rank_that_hangs_or_is_killed_ends_the_run_and_is_named(words, where, ranks, do):
+    output_dir, before = where / do.split()[0], ranks.times_fired()
+    fault = {"point": "substep", "at": 5, "rank": 1, "do": do}
+    statuses, text = ranks.run(output_dir, [*words, "ddp_timeout=10"], fault, grace=2)
+    assert ranks.times_fired() - before == 1
+    assert statuses == [1, -signal.SIGKILL], text[-2000:]
+    assert text.count("error: rank 0 at step 5: rank 1 does not answer: killed (out of memory?) or hanging.") == 1
+    assert "Traceback" not in text
+    assert checkpoints.verify(output_dir / "checkpoint-3")
+
+
+def test_two_runs_cannot_share_an_output_dir(words, where, ranks):
+    lock.take(where / "shared")
+    statuses, text = ranks.run(where / "shared", words)
+    assert statuses[0] == 2 and text.count("error:") == 1
+    assert f"output_dir = {where / 'shared'} is in use by another run (pid {os.getpid()} host " in text
+
+
+def test_a_finished_run_started_again_trains_nothing_and_ends_the_same(left_alone, words, where, ranks):
+    again = where / "again"
+    shutil.copytree(left_alone, again)
+    statuses, text = ranks.run(again, words)
+    assert statuses == [0, 0] and "First loss" not in text
+    assert_equal_runs(left_alone, again)
+
+
+def test_a_flipped_byte_in_the_newest_is_named_and_the_one_before_is_taken(left_alone, words, where, ranks):
+    harmed = where / "harmed"
+    shutil.copytree(left_alone, harmed)
+    shard = next(harmed.glob(f"checkpoint-{STEPS}/global_step*/*rank_1*optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    statuses, text = ranks.run(harmed, words)
+    assert statuses == [0, 0]
+    assert f"{shard} is damaged: sha256" in text and f"going on from {harmed / f'checkpoint-{STEPS - SAVE}'}" in text
+    assert_equal_runs(left_alone, harmed)
+
+
+def test_no_whole_checkpoint_is_status_4_and_one_line(left_alone, words, where, ranks):
+    broken = where / "broken"
+    shutil.copytree(left_alone, broken)
+    for path in broken.glob("checkpoint-*/latest"):
+        path.write_text("")
+    statuses, text = ranks.run(broken, words)
+    assert statuses[0] == 4 and text.count("error:") == 1 and "Traceback" not in text
+    assert "is whole:" in text and "latest is damaged: 0 bytes" in text
+
+
+def test_another_learning_rate_is_refused_and_once_allowed_it_is_in_force(left_alone, words, where, ranks):
+    changed = where / "changed"
+    shutil.copytree(left_alone, changed)
+    other = [*words, "learning_rate=1e-3", f"max_steps={STEPS + 4}"]
+    statuses, text = ranks.run(changed, other)
+    lines = [line for line in text.splitlines() if "error:" in line]
+    assert statuses[0] == 2 and len(lines) == 1 and "trained with learning_rate = 0.003, now it is 0.001" in lines[0]
+    statuses, text = ranks.run(changed, [*other, 'allow_changes=["learning_rate"]'])
+    assert statuses == [0, 0]
+    assert f"changed since {changed / f'checkpoint-{STEPS}'}: learning_rate 0.003 -> 0.001, max_steps 18 -> 22." in text
+    rates = metrics(changed, "learning_rate")
+    for step in range(STEPS + 1, STEPS + 5):
+        share = (step - 1 - WARMUP) / (STEPS + 4 - WARMUP)
+        assert rates[step][0] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * share)), rel=1e-9), step
+    assert rates[STEPS] == metrics(left_alone, "learning_rate")[STEPS]
+
+
+def test_a_new_run_from_a_checkpoint_s_weights_says_so(left_alone, words, where, ranks):
+    origin = left_alone / f"checkpoint-{STEPS}"
+    fresh = where / "from"
+    statuses, text = ranks.run(fresh, [*words, "max_steps=2", "warmup_steps=1", f"init_from={origin}", "seed=1"])
+    assert statuses == [0, 0], text[-2000:]
+    assert f"parameters from {origin}; sdpa" in text and "from random weights" not in text
+    assert "as random weights should give" not in text and "not fresh random weights" not in text
+    first, last = losses(fresh)[1][0], losses(left_alone)[STEPS][0]
+    assert abs(first - last) < 0.5 < losses(left_alone)[1][0] - first
+    assert json.loads((fresh / "run.json").read_text())["arguments"]["init_from"] == str(origin)
+
+
+def rows_by_step(directory):
+    """{step: rows' hashes, sorted, over all ranks}."""
+    rows = {}
+    for file in sorted(directory.glob("rows-*.jsonl")):
+        for line in file.read_text().splitlines():
+            step, digest = json.loads(line)
+            rows.setdefault(step, []).append(digest)
+    return {step: sorted(digests) for step, digests in rows.items()}
+
+
+def test_ddp_on_fewer_ranks_keeps_the_global_batch_row_by_row(words, where, ranks):
+    alone, moved = where / "ddp", where / "moved"
+    plain = [*words, *PLAIN]
+    for name in ("rows-alone", "rows-moved"):
+        (where / name).mkdir()
+    statuses, text = ranks.run(alone, plain, rows=str(where / "rows-alone"))
+    assert statuses == [0, 0], text[-2000:]
+    stop = {"point": "substep", "at": 8, "do": "SIGTERM"}
+    assert ranks.run(moved, plain, stop, rows=str(where / "rows-moved"))[0] == [75, 75]
+    statuses, text = ranks.run(moved, plain, world=1, rows=str(where / "rows-moved"))
+    assert statuses == [0], text[-2000:]
+    assert "ranks 2 -> 1, gradient_accumulation_steps 2 -> 4." in text
+    taken = rows_by_step(where / "rows-alone")
+    assert taken == rows_by_step(where / "rows-moved") and len(taken) == STEPS
+    for step, (loss, rate, _) in losses(alone).items():
+        assert losses(moved)[step][1] == rate
+        assert losses(moved)[step][0] == pytest.approx(loss, abs=2e-2)
+
+
+def test_an_epoch_repeats_no_row_and_says_what_it_leaves_out(words, where, ranks):
+    """After the test above, which noted every row of a run of two ranks."""
+    taken = rows_by_step(where / "rows-alone")
+    blocks = json.loads((where / "ddp" / "run.json").read_text())["data"]["splits"]["train"]["blocks"]
+    together, a_step = 2 * 4, 2 * 2 * 4
+    used = blocks // together * together
+    assert used != blocks  # uneven, or this shows nothing
+    assert f"data: each epoch leaves out {blocks - used} of its {blocks:,} rows" in (where / "ddp.log").read_text()
+    steps = math.ceil(used / a_step)
+    for epoch in range(STEPS // steps):
+        rows = Counter(row for step in range(epoch * steps + 1, (epoch + 1) * steps + 1) for row in taken[step])
+        assert rows.total() == used and max(rows.values()) == 1

@@ -1,0 +1,113 @@
+"""What ranks owe one another outside collectives: to wait for the first, and to fail so that one error shows.
+
+Both go through the launch's key-value store, never through a collective: that would wait for ranks that are gone.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import time
+import traceback
+from datetime import timedelta
+
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+# Gloo's and NCCL's words for a rank that does not answer any more.
+LOST = re.compile(r"closed by (?:the )?peer|reset by peer|Broken pipe|refused|timed out|timeout|remote process", re.I)
+STORE_SECONDS = 10  # a store that answers does so in milliseconds
+
+
+def _store():
+    return dist.distributed_c10d._get_default_store()
+
+
+def wait_for_first(world_size, done):
+    """The others wait for the first rank without a collective: those give up after ddp_timeout, tokenizing may not.
+
+    Args:
+        done: True on the first rank, which has finished; False on those that wait.
+
+    Raises:
+        ValueError: The first rank has ended.
+    """
+    if world_size == 1:
+        return
+    store = _store()
+    if done:
+        store.set("prepared", "yes")
+    try:
+        while not store.check(["prepared"]):
+            time.sleep(0.5)
+    except dist.DistError:
+        raise ValueError("the first rank has ended") from None
+
+
+class Patience(TrainerCallback):
+    """Every process group waits for a rank as long as ddp_timeout says, and no longer.
+
+    On a CPU Trainer does not pass it on (transformers 5.23), and DeepSpeed makes groups of its own with torch's
+    default: a hanging rank then kept the others for half an hour.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if dist.is_initialized():
+            for group in list(dist.distributed_c10d._world.pg_map):
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=args.ddp_timeout), group)
+
+
+@contextlib.contextmanager
+def one_error(rank, world_size, where, asked_to_stop):
+    """Let the rank that fails first show its error, and the others end without one.
+
+    A rank that fails ends at once, past every destructor, which might wait for other ranks. Its launcher then ends the
+    others: deepspeed and torchrun give them 30 seconds.
+
+    Args:
+        where: Callable; the place of the story, as "at step 7".
+        asked_to_stop: Callable; a rank that was, and then loses another, is no failure of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if world_size == 1:
+            raise
+        lost = LOST.search(str(error)) is not None
+        if lost and asked_to_stop():
+            os._exit(1)
+        silent = _silent_ranks(rank, world_size) if lost else None
+        if _is_first(rank, lost):
+            if lost:
+                short = " ".join(str(error).split())[-160:]
+                print(
+                    f"run_pretrain.py: error: rank {rank} {where()}: {silent} does not answer: killed (out of "
+                    f"memory?) or hanging. The same command goes on from the last whole checkpoint. ({short})",
+                    file=sys.stderr,
+                )
+            else:
+                print(f"rank {rank} failed {where()}:\n{traceback.format_exc()}", file=sys.stderr)
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def _silent_ranks(rank, world_size):
+    """Which ranks have not noticed, as this one has, that one is missing: the missing one is among them."""
+    try:
+        _store().set_timeout(timedelta(seconds=STORE_SECONDS))
+        _store().set(f"lost/{rank}", "")
+        time.sleep(2)  # they notice within milliseconds of one another
+        silent = [str(other) for other in range(world_size) if not _store().check([f"lost/{other}"])]
+        return f"rank {' or '.join(silent)}" if silent else "another rank"
+    except (dist.DistError, RuntimeError):
+        return "rank 0"  # the store was its own and has ended with it
+
+
+def _is_first(rank, lost):
+    """Whether no other rank has told an error yet."""
+    try:
+        _store().set_timeout(timedelta(seconds=STORE_SECONDS))
+        return _store().compare_set("failed", "", str(rank)).decode() == str(rank)
+    except (dist.DistError, RuntimeError):
+        return not lost or rank == 1
