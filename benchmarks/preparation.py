@@ -1,6 +1,8 @@
 """Text to packed blocks: ours beside `datasets.map` and beside the tokenizer alone, in one run, as ratios.
 
     python benchmarks/preparation.py [--megabytes 30 300] [--tokenizer DIR] [--kinds jsonl parquet] [--rounds 2]
+    python benchmarks/preparation.py --ways ours --megabytes 10 1000        # does memory grow with the corpus?
+    python benchmarks/preparation.py --ways ours --megabytes 200 --one_document
 
 The corpus is the built-in text, each document cut into paragraphs of about 2 kB that are shuffled and joined anew, so
 that no two documents are alike. `datasets.map` is the recipe of run_clm.py: load_dataset, tokenize in 2 processes, then
@@ -48,13 +50,29 @@ def write_corpus(path, megabytes):
             writer.close()
 
 
+def write_document(path, megabytes):
+    """One document; one character of it takes 4 bytes, as then all of them would in a Python string."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from smolpretrain.data.corpus import builtin_documents
+
+    text = "\n\n".join(builtin_documents())
+    text = (text * (int(megabytes * 1e6) // len(text) + 1))[: int(megabytes * 1e6)] + " \U0001f600 end"
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": pa.array([text], pa.large_string())}), path)
+    else:
+        row = text if path.suffix == ".txt" else json.dumps({"text": text}, ensure_ascii=False) + "\n"
+        path.write_text(row, encoding="utf-8")
+
+
 def ours(path, tokenizer, directory):
     from smolpretrain.data.corpus import describe_source, read_documents
     from smolpretrain.data.prepare import prepare
 
     source = {"data_files": [str(path)]}
     manifest = prepare(
-        read_documents(**source), tokenizer, BLOCK, directory / "set", describe_source(**source), 0.005, progress=False,
+        read_documents(**source), tokenizer, BLOCK, directory / "set", describe_source(**source), 0, progress=False,
         say=lambda sentence: print(sentence, file=sys.stderr),
     )  # fmt: skip
     return sum(split["tokens"] for split in manifest.splits.values())
@@ -146,6 +164,8 @@ def main():
     parser.add_argument("--kinds", nargs="+", default=["jsonl", "parquet"])
     parser.add_argument("--tokenizer", help="directory; default: one of 4096 tokens trained on the built-in text")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--one_document", action="store_true", help="the whole text is one document")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -164,22 +184,23 @@ def main():
         for megabytes in args.megabytes:
             for kind in args.kinds:
                 path = Path(directory, f"{megabytes}.{kind}")
-                write_corpus(path, megabytes)
-                measure(path, megabytes, kind, tokenizer, args.rounds)
+                (write_document if args.one_document else write_corpus)(path, megabytes)
+                measure(path, megabytes, kind, tokenizer, args.rounds, args.ways)
                 path.unlink()
 
 
-def measure(path, megabytes, kind, tokenizer, rounds):
-    found = {name: [] for name in WAYS}
+def measure(path, megabytes, kind, tokenizer, rounds, ways):
+    found = {name: [] for name in ways}
     for _ in range(rounds):
-        for name in WAYS:
+        for name in ways:
             command = [sys.executable, __file__, "--one", name, str(path), str(tokenizer)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
     rate = {name: max(run["tokens"] / run["seconds"] for run in runs) for name, runs in found.items()}
     for name, runs in found.items():
-        ratio, gib = rate[name] / rate["datasets.map, 2 processes"], max(run["gib"] for run in runs)
-        print(f"| {megabytes} | {kind} | {name} | {rate[name]:,.0f} | {ratio:.1f} | {gib:.2f} |", flush=True)
+        peer, gib = rate.get("datasets.map, 2 processes"), max(run["gib"] for run in runs)
+        ratio = f"{rate[name] / peer:.1f}" if peer else ""
+        print(f"| {megabytes} | {kind} | {name} | {rate[name]:,.0f} | {ratio} | {gib:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
