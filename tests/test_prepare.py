@@ -14,8 +14,8 @@ from datasets import Dataset
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from smolpretrain.data import assemble, readers, shards
 from smolpretrain.data import documents as documents_module
-from smolpretrain.data import readers, shards
 from smolpretrain.data.corpus import describe_source, is_validation, read_documents
 from smolpretrain.data.manifest import Manifest, verify
 from smolpretrain.data.prepare import load_blocks, load_unigram_counts, load_validation_documents, prepare
@@ -502,3 +502,33 @@ def test_the_bar_moves_while_processes_prepare(tmp_path, monkeypatch):
     train = made.splits["train"]
     assert reached[-1][0] == train["documents"] == len(TEXTS) * 5 and reached[-1][2] == train["tokens"]
     assert reached == sorted(reached) and len(reached) > 2
+
+
+def test_cut_off_anywhere_in_the_joining_it_goes_on_to_the_same_bytes(tmp_path):
+    path = write_corpus(tmp_path / "a.jsonl")
+    manifest, _ = prepare_corpus(path, tmp_path / "undisturbed")
+    steps = ("sync", "describe_file", "check_splits")
+    for step in steps:
+        for number in range(1, 30):
+            target, calls, real = tmp_path / f"{step}-{number}", [], getattr(assemble, step)
+
+            def interrupted(*args, calls=calls, number=number, real=real):
+                calls.append(args)
+                if len(calls) == number:
+                    raise KeyboardInterrupt  # leaves what a kill leaves: nothing catches it
+                return real(*args)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(assemble, step, interrupted)
+                try:
+                    prepare_corpus(path, target)
+                except KeyboardInterrupt:
+                    cut = True
+                else:
+                    cut = False
+            if not cut:
+                break
+            assert not target.exists() or verify(target, sha256=True) == manifest  # the rename is the last step but one
+            prepare_corpus(path, target)
+            assert files(target) == files(tmp_path / "undisturbed")
+        assert number > 1
