@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from huggingface_hub import constants
 from smolpretrain.data import publish
 from smolpretrain.data.command import main
 from smolpretrain.data.dataset_card import _size_category, make_card
-from smolpretrain.data.manifest import Manifest, verify
+from smolpretrain.data.manifest import Manifest
 from smolpretrain.data.prepare import load_blocks
 
 PREPARE = ("python", ROOT / "data" / "prepare.py")
@@ -38,18 +39,6 @@ def published(hub, launch, corpus_file, home):
     assert f"published: {hub.endpoint}/datasets/user/set" in done.stdout
     assert "hf_loopback" not in done.stdout + done.stderr
     return home / "set"
-
-
-@pytest.fixture(scope="module")
-def downloaded(hub, launch, published, home):
-    """The set as another machine gets it: `loaded` by datasets, and the repository's files."""
-    code = (
-        "from datasets import load_dataset; from huggingface_hub import snapshot_download\n"
-        "load_dataset('user/set').save_to_disk('loaded')\n"
-        "snapshot_download('user/set', repo_type='dataset', local_dir='downloaded')"
-    )
-    launch("python", "-c", code, cwd=home, **hub.environment(home / "hf"))
-    return home / "downloaded"
 
 
 @pytest.fixture
@@ -141,15 +130,12 @@ def test_a_licence_is_never_guessed_and_a_mixture_names_its_sources(published):
     assert list(map(_size_category, sizes)) == ["n<1K", "1K<n<10K", "1K<n<10K", "10K<n<100K", "100B<n<1T", "n>1T"]
 
 
-def test_anybody_who_may_can_load_both_splits(published, downloaded, home):
+def test_anybody_who_may_can_load_both_splits(hub, launch, published, home):
+    code = "from datasets import load_dataset; load_dataset('user/set').save_to_disk('loaded')"
+    launch("python", "-c", code, cwd=home, **hub.environment(home / "hf"))
     for split in ("train", "validation"):
         loaded = load_from_disk(str(home / "loaded" / split))["input_ids"]
         assert [list(row) for row in loaded] == [row.tolist() for row in load_blocks(published, split)["input_ids"]]
-
-
-def test_a_downloaded_set_is_a_prepared_set(published, downloaded):
-    assert (downloaded / "README.md").is_file()
-    assert verify(downloaded, sha256=True).fingerprint == Manifest.load(published).fingerprint
 
 
 def test_pushed_again_nothing_is_sent_and_another_set_leaves_no_shard_behind(here, published, corpus_file):
@@ -288,11 +274,17 @@ def test_a_killed_upload_leaves_no_half_set_and_goes_on_when_it_is_run_again(hub
 
 
 @pytest.mark.slow
-def test_training_takes_a_downloaded_set_as_it_is(launch, published, downloaded, home):
+def test_the_card_s_commands_download_verify_and_train(hub, launch, published, home):
+    card = hub.repos["dataset", "user/set"].files()["README.md"].decode()
+    download, verification, training = map(str.split, re.search(r"```\n(hf .*?)\n```", card, re.S)[1].splitlines())
+    launch(*download, cwd=home, **hub.environment(home / "hf"))
+    assert (home / "prepared" / "set" / "README.md").is_file()
+    assert "every byte as its manifest says" in launch(*PREPARE, *verification[2:], cwd=home).stdout
+    assert training[:3] == ["deepspeed", "run_pretrain.py", "args.json"]
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     small |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-    words = ["prepared_dir=downloaded", "tokenizer_name=downloaded/tokenizer", *KEYS[1:], "output_dir=run"]
-    words += [f"config_overrides={json.dumps(small)}", "model_name=smollm2-1m", "max_steps=2", "optim=adamw_torch"]
-    done = launch("python", ROOT / "run_pretrain.py", *words, "deepspeed=null", cwd=home)
-    assert "found in downloaded" in done.stdout
+    words = [f"config_overrides={json.dumps(small)}", "max_steps=2", "warmup_steps=0", "optim=adamw_torch"]
+    words += ["deepspeed=null", "per_device_train_batch_size=2", "max_eval_documents=2"]
+    command = ("python", ROOT / "run_pretrain.py", ROOT / "args.json", *training[3:], *words, "output_dir=run")
+    assert "found in prepared/set" in launch(*command, cwd=home, OMP_NUM_THREADS="1").stdout
     assert Manifest.load(published).fingerprint in (home / "run" / "run.json").read_text()
