@@ -76,11 +76,20 @@ OPTIONS = {
 }
 
 
-def load_tasks(names, include_path=(), tasks=SETS):
+class Cuts(logging.Handler):
+    """Counts lm-eval's warnings that a context was longer than the window and lost its beginning."""
+
+    count = 0
+
+    def emit(self, record):
+        self.count += "Truncating" in record.getMessage()
+
+
+def load_tasks(names, include_path=(), fields=(), tasks=SETS):
     """Return (lm-eval's TaskManager, the names with sets expanded); every task has then been loaded once.
 
     Raises:
-        ValueError: A task does not exist, or its documents cannot be had.
+        ValueError: A task does not exist, its documents cannot be had, or none of them has a field of fields.
     """
     from lm_eval.tasks import TaskManager
 
@@ -92,6 +101,7 @@ def load_tasks(names, include_path=(), tasks=SETS):
     manager = TaskManager(include_path=paths, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):  # lm-eval's own take seconds to index
         manager = TaskManager(include_path=paths)
+    known = set()
     for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, 1)
@@ -99,9 +109,12 @@ def load_tasks(names, include_path=(), tasks=SETS):
                 f"task {name}: lm-eval has none of that name." + (f" Did you mean {close[0]}?" if close else "")
             )
         try:
-            manager.load([name])
+            for task in manager.load([name])["tasks"].values():
+                known |= set(getattr(task, "features", ()))
         except Exception as error:  # a task is somebody's YAML and Python: what it may raise is not ours to list
             raise ValueError(f"task {name} cannot be loaded: {type(error).__name__}: {error}") from error
+    if missing := set(fields) - known:
+        raise ValueError(f"by {min(missing)}: no task's documents have it; they have {', '.join(sorted(known))}.")
     return manager, names
 
 
@@ -112,19 +125,22 @@ def check(candidate, args):
 
 
 def evaluate(model, tokenizer, manager, names, window, args):
-    """Return lm-eval's whole result."""
+    """Return (lm-eval's whole result, how often it cut a context); ValueError where the window is below an answer."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     scorer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, max_length=window)
-    return simple_evaluate(
-        scorer,
-        tasks=names,
-        task_manager=manager,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        bootstrap_iters=BOOTSTRAPS,
-    )
+    logger, cuts = logging.getLogger("lm_eval.models.huggingface"), Cuts()
+    logger.addHandler(cuts)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    options = {"num_fewshot": args.num_fewshot, "limit": args.limit, "bootstrap_iters": BOOTSTRAPS}
+    try:
+        return simple_evaluate(scorer, tasks=names, task_manager=manager, **options), cuts.count
+    except AssertionError as error:
+        raise ValueError(f"lm-eval cannot score an answer that is longer than the window ({window} tokens).") from error
+    finally:
+        logger.removeHandler(cuts)
 
 
 def run_directory(name):
@@ -160,20 +176,23 @@ def run(args):
             raise ValueError(f"{name} must be at least {int(name != 'num_fewshot')}, got {value}.")
     command.check_device(args.device)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager, names = load_tasks(args.tasks, args.include_path)
+    manager, names = load_tasks(args.tasks, args.include_path, args.by)
     candidate = Candidate(re.sub("^random:", "random_init:", args.model))
     candidate.name += f"@{args.revision}" if args.revision else ""
     tokenizer, window = check(candidate, args)
     model = candidate.load(args.dtype, args.device, args.seed)
-    result = evaluate(model, tokenizer, manager, names, window, args)
-    used = {"limit": args.limit, "window": window, "batch_size": args.batch_size, "seed": args.seed}
-    used |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "kind": candidate.kind}
+    result, cuts = evaluate(model, tokenizer, manager, names, window, args)
+    used = {"limit": args.limit, "window": window, "contexts_cut": cuts, "batch_size": args.batch_size}
+    used |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+    used |= {"kind": candidate.kind, "seed": args.seed}
     used |= {"revision": args.revision, "model_commit": command.commit_of(candidate.name)}
     used |= {"hardware": provenance.hardware(model.device)}
     used |= {name: version(name) for name in ("lm_eval", "transformers", "torch")}
     rows = scores.tabulate(result, args.by)
     rows = [command.finite(row) | {"model": args.model, "settings": row["settings"] | used} for row in rows]
     scores.show(rows)
+    if cuts:
+        print(f"{cuts} contexts were longer than the window ({window} tokens) and lost their beginning.")
     home = run_directory(candidate.name)
     directory = Path(args.output_dir) if args.output_dir else home and home / "report"
     print(f"written to {write(rows, result, directory)}" if directory else "not written: --output_dir names a place.")

@@ -339,6 +339,7 @@ WRONG = {
     "{run} --tasks educationl": "task educationl: lm-eval has none of that name. Did you mean educational?",
     "{run} --tasks small": "task arc_easy cannot be loaded",
     "{run} --tasks educational --include_path nowhere": "include_path nowhere: no such directory",
+    "{run} --tasks educational --by topic": "by topic: no task's documents have it; they have answer, id, level,",
     "{run} --tasks educational --limit 0": "limit must be at least 1, got 0",
     "{run} --tasks educational --batch_size 0": "batch_size must be at least 1",
     "{run} --tasks educational --num_fewshot -1": "num_fewshot must be at least 0",
@@ -359,6 +360,19 @@ def test_a_mistake_is_one_line_and_status_2_before_the_model_loads(words, run_di
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.count("\n") == 1 and "benchmark.py: error: " in error and WRONG[words] in error
+
+
+def test_a_context_that_is_cut_is_counted_and_said_and_an_answer_never_is(run_dir, tmp_path, capsys):
+    words = [str(run_dir), "--tasks", "educational", "--limit", "8", "--output_dir", str(tmp_path)]
+    counts = []
+    for window in ("256", "40"):
+        benchmark.main([*words, "--window", window])
+        counts.append(rows_of(tmp_path)[-1]["settings"]["contexts_cut"])
+        assert ("and lost their beginning" in capsys.readouterr().out) == (window == "40")
+    assert counts[0] == 0 < counts[1] <= 32
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main([*words, "--window", "2"])
+    assert "an answer that is longer than the window (2 tokens)" in capsys.readouterr().err
 
 
 def test_without_lm_eval_the_command_says_how_to_get_it(run_dir, monkeypatch, capsys):
