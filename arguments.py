@@ -5,7 +5,6 @@ command_line.py fills these from `args.json key=value ...`; a ValueError here be
 
 import typing
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 import torch
@@ -14,10 +13,11 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
 if __package__:
-    from . import ds_configs
+    from . import ds_configs, limits
     from .data.arguments import CorpusArguments, one_of
 else:
     import ds_configs
+    import limits
     from data.arguments import CorpusArguments, one_of
 
 STREAM_DOCUMENTS = 20_000  # at 2 kB each 40 MB of text: seconds to prepare, 100 held out at the default fraction
@@ -29,18 +29,8 @@ SCHEDULE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup
 FREE_ON_RESUME = (
     *("max_steps", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "keep_every_steps"),
     *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "max_eval_samples", "sample_steps"),
-    *("dataloader_num_workers", "activation_checkpointing", "ddp_timeout"),
+    *("dataloader_num_workers", "activation_checkpointing", "ddp_timeout", "max_bad_steps", "on_spike"),
 )
-RANGES = {
-    "above 0": (lambda v: v > 0, "learning_rate max_grad_norm adam_epsilon"),
-    "at least 0": (lambda v: v >= 0, "weight_decay sample_steps loss_chunk_tokens keep_every_steps"),
-    "at least 0 and below 1": (lambda v: 0 <= v < 1, "adam_beta1 adam_beta2"),
-    "at least 1": (
-        lambda v: v >= 1,
-        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_eval_samples "
-        "max_eval_documents max_bad_steps",
-    ),
-}
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
@@ -220,9 +210,7 @@ class PretrainArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        self._check_ranges()
-        one_of("on_spike", self.on_spike, ("stop", "skip", "report"))
-        self._check_optimizer()
+        limits.check(self)
         for name in self.allow_changes or []:
             one_of("allow_changes", name, SCHEDULE)
         if self.spot_notice_url not in (None, "aws") and urlsplit(self.spot_notice_url).scheme not in ("http", "https"):
@@ -237,9 +225,6 @@ class PretrainArguments(TrainingArguments):
             ds_configs.check(self)
             ds_configs.stand_alone()
         super().__post_init__()
-        for name in self.report_to:
-            if name in ("trackio", "tensorboard", "wandb") and find_spec(name) is None:
-                raise ValueError(f"report_to = {name} needs {name}, which is not installed: pip install {name}.")
         if self.n_gpu > 1:
             raise ValueError(
                 f"one process sees {self.n_gpu} GPUs: launch with `deepspeed run_pretrain.py ...`, which uses them "
@@ -270,42 +255,3 @@ class PretrainArguments(TrainingArguments):
         rows = self.max_steps * self.gradient_accumulation_steps * self.per_device_train_batch_size * self.world_size
         share = {"length": rows, "micro_batch": self.per_device_train_batch_size, "seed": self.seed}
         return share | {"rank": self.process_index, "world_size": self.world_size}
-
-    def _check_ranges(self):
-        for rule, (holds, names) in RANGES.items():
-            for name in names.split():
-                if (value := getattr(self, name)) is not None and not holds(value):
-                    raise ValueError(f"{name} must be {rule}, got {value}.")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"max_steps must be at least 1, or -1 to train num_train_epochs, got {self.max_steps}.")
-        if self.max_steps > 0 and self.warmup_steps >= self.max_steps:
-            raise ValueError(
-                f"warmup_steps = {self.warmup_steps} is not below max_steps = {self.max_steps}: the learning rate "
-                "would never reach its peak. Lower warmup_steps (below 1 it is a share of the run)."
-            )
-        if self.save_total_limit is not None and self.save_total_limit < 2:
-            raise ValueError(
-                f"save_total_limit must be at least 2, got {self.save_total_limit}: with 1, a crash while saving "
-                "leaves no checkpoint at all."
-            )
-        if not self.average_tokens_across_devices:
-            raise ValueError(
-                "average_tokens_across_devices must be true: without it ranks with fewer targets weigh too much."
-            )
-        if self.resume_from_checkpoint is not None:
-            raise ValueError(
-                f"resume_from_checkpoint = {self.resume_from_checkpoint}: write resume={self.resume_from_checkpoint}; "
-                "resume=auto, the default, finds the newest whole checkpoint by itself."
-            )
-        for name in ("save_only_model", "enable_jit_checkpoint"):
-            if getattr(self, name):
-                raise ValueError(f"{name} must be false: a checkpoint of it could not be resumed.")
-        if self.hub_token is not None:
-            raise ValueError("hub_token must not be in arguments: set HF_TOKEN or run `hf auth login`.")
-
-    def _check_optimizer(self):
-        if "bnb" in str(self.optim) and find_spec("bitsandbytes") is None:
-            raise ValueError(
-                f"optim = {self.optim} needs bitsandbytes, which is not installed: pip install bitsandbytes, or set "
-                "optim=adamw_torch_fused (32-bit state: 4 times its memory)."
-            )

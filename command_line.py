@@ -11,6 +11,7 @@ import difflib
 import enum
 import json
 import math
+import os
 import re
 import sys
 import typing
@@ -19,7 +20,12 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+# Hugging Face, AWS, GitHub, OpenAI and the like, and a password in a URL.
+TOKEN = re.compile(
+    r"hf_[A-Za-z0-9]{20,}|A[KS]IA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|\bsk-[\w-]{20,}"
+    r"|://[^/\s:@]+:[^/\s@]+@"
+)
+SECRET_NAME = re.compile(r"(?:TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY)(?:_ID)?$", re.I)
 
 
 class Given(typing.NamedTuple):
@@ -81,6 +87,7 @@ def collect(argv):
     given, file = {}, None
     for word in argv:
         key, equals, text = word.partition("=")
+        refuse_secret("command line", key if equals else "a word", word)
         if key.replace("-", "_") == "__local_rank":
             continue
         if word.startswith("-"):
@@ -101,9 +108,17 @@ def collect(argv):
     in_file = read_json(file) if file is not None else {}
     given = {key: Given(value, file) for key, value in in_file.items()} | given
     for key, (value, origin, _) in given.items():
-        if TOKEN.search(json.dumps(value)):
-            raise ValueError(f"{origin}: {key} holds an access token: set HF_TOKEN or run `hf auth login` instead.")
+        refuse_secret(origin, key, json.dumps(value, ensure_ascii=False))
     return given
+
+
+def refuse_secret(origin, key, text):
+    """Refuse text with a token in it, by its shape or because the environment holds it as one; it is not repeated."""
+    if TOKEN.search(text):
+        raise ValueError(f"{origin}: {key} holds an access token: set HF_TOKEN or run `hf auth login` instead.")
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and len(value) >= 16 and value in text:
+            raise ValueError(f"{origin}: {key} holds the value of {name}: leave it in the environment, out of the run.")
 
 
 def read_json(path):

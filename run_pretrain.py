@@ -40,7 +40,7 @@ if __package__:
     from .eval import generation, judge
     from .eval import report as run_report
     from .planning import start
-    from .training import divergence, guards, held_out, lock, loss, model, ranks, record, resume, spot, trainer
+    from .training import divergence, guards, held_out, lock, loss, model, ranks, record, resume, space, spot, trainer
 else:
     from arguments import FREE_ON_RESUME, SAME_ON_RESUME, SCHEDULE, DataArguments, ModelArguments, PretrainArguments
     from command_line import parse_args, resolve
@@ -48,7 +48,7 @@ else:
     from eval import generation, judge
     from eval import report as run_report
     from planning import start
-    from training import divergence, guards, held_out, lock, loss, model, ranks, record, resume, spot, trainer
+    from training import divergence, guards, held_out, lock, loss, model, ranks, record, resume, space, spot, trainer
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
 NOT_ARCHITECTURE = {"transformers_version", "use_cache", "_name_or_path", "dtype", "architectures"}
@@ -274,6 +274,7 @@ def train(made, args, checkpoint):
 def main(argv=None):
     """Run the story; exit status 2 and one line for what the user can mend."""
     guards.leave_on_signal()
+    sys.stdout, sys.stderr = guards.Unheard(sys.stdout), guards.Unheard(sys.stderr)
     with ranks.one_error(RANK, int(os.environ.get("WORLD_SIZE", 1)), lambda: "outside training", lambda: False):
         story(list(sys.argv[1:] if argv is None else argv))
 
@@ -284,6 +285,7 @@ def story(argv):
     try:
         arguments = parse_args([word for word in argv if word != "debug=true"], ARGUMENTS)
         model_args, data_args, args = arguments
+        space.check_writable(args.output_dir)
         if RANK == 0 and (sentence := lock.take(args.output_dir)):
             say(sentence)
         share = args.stream_share() if data_args.trains_from_stream else None
@@ -292,6 +294,7 @@ def story(argv):
         generation.read_prompts(args.sample_prompts)
         tokenizer, prepared_dir = prepare_data(model_args, data_args, args, config)
         sets = load_sets(data_args, args, tokenizer, prepared_dir, share)
+        checkpoint_bytes = space.check_start(args, config, len(sets[0]), say)
         manifest = prepare.Manifest.load(prepared_dir)
         run = describe_run(model_args, data_args, args, config, manifest, len(sets[0]))
         checkpoint = choose_checkpoint(args, run)
@@ -306,10 +309,11 @@ def story(argv):
     except (ValueError, OSError) as error:
         if debug:
             raise
-        fail(error, 4 if isinstance(error, resume.Damaged) else 2)
+        fail(error, getattr(error, "status", 2))
     if args.deepspeed and args.use_cpu and not list(Path(get_default_build_root()).glob("*/deepspeed_shm_comm/*.so")):
         say("DeepSpeed builds its extension for CPUs now, once: about half a minute.")
     made, log = make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, prepared_dir)
+    made.checkpoint_bytes = checkpoint_bytes
     made.facts = run.facts() | {"data": manifest.fingerprint, "arguments_sha256": record.digest(resolved)}
     if RANK == 0:
         record.write_run(args.output_dir, parameters=get_model_param_count(made.model))

@@ -43,6 +43,13 @@ def check(args, world=None):
             raise ValueError(f"deepspeed = {args.deepspeed} is not JSON: {error}.") from None
     else:
         config = args.deepspeed
+    wrong = [key for key in ("bf16", "zero_optimization") if not isinstance(config.get(key) or {}, dict)]
+    if wrong:
+        raise ValueError(f"deepspeed = {args.deepspeed}: {wrong[0]} must be an object, is {config[wrong[0]]!r}.")
+    if (config.get("fp16") or {}).get("enabled"):
+        raise ValueError(
+            f"deepspeed = {args.deepspeed}: fp16 is not supported; take it out and set bf16=true or false."
+        )
     if args.use_cpu:
         header = Path(sysconfig.get_paths()["include"], "Python.h")
         missing = (

@@ -15,6 +15,14 @@ from loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+SECRETS = {  # what a user's environment may hold, none of it real
+    "HF_TOKEN": "hf_" + "x0Y1" * 9,
+    "HUGGING_FACE_HUB_TOKEN": "hf_" + "z2W3" * 9,
+    "WANDB_API_KEY": "fedcba9876543210" * 2 + "fedcba98",
+    "AWS_ACCESS_KEY_ID": "AKIA" + "Z9Y8X7W6" * 2,
+    "AWS_SECRET_ACCESS_KEY": "q/W+e" * 8,
+    "GITHUB_TOKEN": "ghp_" + "m4N5" * 9,
+}
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +65,38 @@ def launch():
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def small_words(corpus_file, tmp_path_factory):
+    small = tmp_path_factory.mktemp("poisoned") / "small.jsonl"
+    small.write_text("".join(corpus_file.read_text().splitlines(keepends=True)[:18]))
+    overrides = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+    return [
+        "model_name=smollm2-1m", "tokenizer_name=train", f"config_overrides={json.dumps(overrides)}", "block_size=64",
+        f"data_files={small}", "validation_fraction=0.1", "eval_strategy=no", "sample_steps=0", "logging_steps=1",
+        "per_device_train_batch_size=2", "gradient_accumulation_steps=2", "max_steps=60", "save_steps=40",
+        "warmup_steps=3", "learning_rate=3e-3", "disable_tqdm=true",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def poison(launch, small_words, tmp_path_factory):
+    """Launch two ranks with a fault; returns the output directory, what each rank saw at each step, and the process."""
+
+    def run(fault, *more, expect=0, **environment):
+        where = tmp_path_factory.mktemp("poisoned")
+        fault = json.dumps({"witness": str(where)} | fault)
+        done = launch("deepspeed", "--num_gpus", "2", "tests/poisoned_run.py", f"fault={fault}", *small_words, *more,
+                      f"output_dir={where / 'out'}", OMP_NUM_THREADS="1", expect=expect, **environment)  # fmt: skip
+        notes = [(where / f"rank{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
+        seen = [[json.loads(line) for line in part] for part in notes]
+        return where / "out", seen, done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def skipping(poison):
+    """Row 5 makes its micro-batch's loss NaN, row 9, from step 41 on, ten times itself; both are skipped."""
+    return poison({"nan_row": 5, "spike_row": 9}, "on_spike=skip", "max_bad_steps=9", **SECRETS)

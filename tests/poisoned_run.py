@@ -3,6 +3,7 @@
     nan_row, spike_row: the loss of each micro-batch that holds this row of the training set is NaN, or times 10
     nan_from, gradient_from: from this step on, loss or gradient of `rank` are not finite
     weights_from: once this many steps are done, the embedding of `rank` is NaN
+    limit_from: from this step on, `rank` (null: all) can write no file of more than `limit` bytes
     witness: a directory; each rank writes the rows it saw at every step and hashes of its weights and optimizer
 
 Words after the fault are run_pretrain.py's own.
@@ -11,6 +12,7 @@ Words after the fault are run_pretrain.py's own.
 import hashlib
 import json
 import math
+import resource
 import sys
 from pathlib import Path
 
@@ -21,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import run_pretrain
 
 FAULT = {"rank": run_pretrain.RANK, "nan_row": None, "spike_row": None, "witness": None}
-FAULT |= {"nan_from": math.inf, "gradient_from": math.inf, "weights_from": math.inf}
+FAULT |= {"nan_from": math.inf, "gradient_from": math.inf, "weights_from": math.inf, "limit_from": math.inf, "limit": 0}
 make_trainer = run_pretrain.make_trainer
 
 
@@ -58,6 +60,8 @@ class Witness(TrainerCallback):
         return gradient * math.inf if self.ill("gradient_from") else gradient
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self.ill("limit_from"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FAULT["limit"], FAULT["limit"]))
         if self.ill("weights_from"):
             next(model.parameters()).data.mul_(math.nan)
         if FAULT["witness"] is None:

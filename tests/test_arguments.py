@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from smolpretrain import arguments, ds_configs
+from smolpretrain import arguments, ds_configs, limits
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 from smolpretrain.command_line import collect, parse_args
 
@@ -166,7 +166,7 @@ def test_a_value_out_of_range_says_what_to_do(words, reason):
 
 
 def test_an_8_bit_optimizer_without_bitsandbytes_is_refused(monkeypatch):
-    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    monkeypatch.setattr(limits, "find_spec", lambda name: None)
     assert "pip install bitsandbytes" in refusal("optim=adamw_bnb_8bit")
     parse("optim=adamw_torch", PLAIN)
 

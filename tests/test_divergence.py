@@ -62,7 +62,7 @@ def snapshot(trainer):
     return [t.detach().clone() for t in (*trainer.model.parameters(), *moments)]
 
 
-def train(output_dir, what, at, by=math.nan, resume_from=None, **arguments):
+def train(output_dir, what, at, by=math.nan, resume_from=None, fault_class=Fault, **arguments):
     """A real Trainer on random rows with one fault; returns it, what was told, and the fault."""
     known = {"output_dir": str(output_dir), "deepspeed": None, "optim": "adamw_torch_fused", "bf16": False,
              "per_device_train_batch_size": 2, "save_steps": 2, "max_steps": 10, "eval_strategy": "no",
@@ -77,7 +77,7 @@ def train(output_dir, what, at, by=math.nan, resume_from=None, **arguments):
     )
     told = []
     trainer.divergence.tell = lambda state, sentence, row: told.append((state.global_step, sentence, row))
-    fault = Fault(trainer, what, at, by)
+    fault = fault_class(trainer, what, at, by)
     trainer.add_callback(fault)
     trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
     assert fault.fired
@@ -173,41 +173,6 @@ def test_a_run_that_goes_on_from_a_checkpoint_knows_its_past(tmp_path):
 
 
 # Real runs: two ranks, ZeRO-2, 8-bit AdamW, accumulation 2, epochs whose last step has one micro-batch
-
-
-@pytest.fixture(scope="session")
-def words(corpus_file, tmp_path_factory):
-    small = tmp_path_factory.mktemp("poisoned") / "small.jsonl"
-    small.write_text("".join(corpus_file.read_text().splitlines(keepends=True)[:18]))
-    overrides = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
-    return [
-        "model_name=smollm2-1m", "tokenizer_name=train", f"config_overrides={json.dumps(overrides)}", "block_size=64",
-        f"data_files={small}", "validation_fraction=0.1", "eval_strategy=no", "sample_steps=0", "logging_steps=1",
-        "per_device_train_batch_size=2", "gradient_accumulation_steps=2", "max_steps=60", "save_steps=40",
-        "warmup_steps=3", "learning_rate=3e-3", "disable_tqdm=true",
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def poison(launch, words, tmp_path_factory):
-    """Launch two ranks with a fault; returns the output directory, what each rank saw at each step, and the process."""
-
-    def run(fault, *more, expect=0):
-        where = tmp_path_factory.mktemp("poisoned")
-        fault = json.dumps({"witness": str(where)} | fault)
-        done = launch("deepspeed", "--num_gpus", "2", "tests/poisoned_run.py", f"fault={fault}", *words, *more,
-                      f"output_dir={where / 'out'}", OMP_NUM_THREADS="1", expect=expect)  # fmt: skip
-        notes = [(where / f"rank{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
-        seen = [[json.loads(line) for line in part] for part in notes]
-        return where / "out", seen, done
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def skipping(poison):
-    """Row 5 makes its micro-batch's loss NaN, row 9, from step 41 on, ten times itself; both are skipped."""
-    return poison({"nan_row": 5, "spike_row": 9}, "on_spike=skip", "max_bad_steps=9")
 
 
 def rows_of_metrics(output_dir, key):

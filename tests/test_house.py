@@ -18,7 +18,7 @@ ROOMS = {"arguments", "command_line", "plan", "planning", "data", "eval", "space
 ALLOWED = {
     ("training", "data.manifest"),
     # prepare.py and plan.py parse as run_pretrain.py does, and share the arguments that say what text is taken.
-    *(("data", "command_line"), ("arguments", "data.arguments")),
+    *(("data", "command_line"), ("arguments", "data.arguments"), ("limits", "data.arguments")),
     *(("plan", name) for name in ("planning", "command_line", "arguments")),  # plan.py is planning/'s command
 }
 PRODUCT = [

@@ -185,7 +185,7 @@ def rows_of(loader, epoch, batch, rank):
 
 def _remedy(args):
     """What is left, and what to do: going on as before would end the same way, bit for bit."""
-    whole = [path for _, path in checkpoints.by_step(args.output_dir) if (path / checkpoints.MANIFEST).is_file()]
+    whole = checkpoints.finished(args.output_dir)
     if not whole:
         return "No checkpoint was written before. Lower learning_rate, lengthen warmup_steps, or look at those rows."
     return (

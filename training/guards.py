@@ -119,3 +119,29 @@ class DeafInWorkers:
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
         return self.collator(rows)
+
+
+class Unheard:
+    """A stream that may lose its reader: a run does not end because its terminal or the program after a pipe did."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115, None where it was closed from the start
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self._silence()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            self._silence()
+
+    def _silence(self):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())

@@ -27,25 +27,62 @@ def load_config(model_name, overrides=None):
     overrides, path = overrides or {}, Path(model_name).expanduser()
     if model_name in BUILT_IN:
         config = LlamaConfig(**BUILT_IN[model_name])
-    elif path.is_dir():
+    elif model_name and path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model_name = {model_name} is a directory without config.json.")
-        config = AutoConfig.from_pretrained(path)
+        config = _read_config(model_name, path)
     elif model_name.count("/") != 1 or model_name.startswith((".", "/", "~")):
         raise ValueError(
             f"model_name = {model_name} is not a directory, a Hub id (user/name) or one of {', '.join(BUILT_IN)}."
         )
     else:
         try:
-            config = AutoConfig.from_pretrained(model_name)
-        except (OSError, ValueError) as error:
+            config = _read_config(model_name, model_name)
+        except OSError as error:
             raise ValueError(
                 f"model_name = {model_name} cannot be had from the Hub: {str(error).splitlines()[0]} Is the name "
                 "right, the network there, and, where it is gated, `hf auth login` done?"
             ) from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"model_name = {model_name} is a {config.model_type}, which is not a causal language model.")
-    return _override(config, overrides) if overrides else config
+    if overrides:
+        config = _override(config, overrides)
+    elif model_name in BUILT_IN:
+        return config
+    if (reason := _cannot_compute(config)) and not _cannot_compute(type(config)()):
+        origin = f"config_overrides = {overrides} make" if overrides else f"model_name = {model_name} is"
+        raise ValueError(f"{origin} a {type(config).__name__} that cannot compute: {reason}.")
+    return config
+
+
+def _read_config(model_name, source):
+    """AutoConfig's; code that comes with a config is never run, nor is it asked whether to run it."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config.__dict__.pop("auto_map", None)  # or our export would ask for that code
+        return config
+    except (ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"model_name = {model_name} has a config.json that makes no model here: {reason}") from None
+
+
+def _cannot_compute(config):
+    """Why 8 tokens do not pass through the architecture, as with 5 KV heads for 9 heads; None where they do.
+
+    On the meta device nothing is allocated. Some architectures cannot be run there: it counts where their default can.
+    """
+    fields = config.to_dict()
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if isinstance(value := fields.get(name), int) and value < 1:
+            return f"{name} must be at least 1, is {value}"
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM._model_mapping[type(config)](config)  # not shared out under ZeRO-3
+            seen = torch.zeros(1, 1, 8, 8)  # a mask that is given is not built, which would need values
+            network(input_ids=torch.zeros(1, 8, dtype=torch.long), attention_mask=seen, use_cache=False)
+    except Exception as error:  # as many kinds as there are architectures
+        return " ".join(str(error).split())[:200]
+    return None
 
 
 def _override(config, overrides):
@@ -133,8 +170,13 @@ def check_masking(network):
     was_training, attention = network.training, network.config._attn_implementation
     if attention.startswith("flash"):
         network.config._attn_implementation = "eager"  # its kernels do not run on a CPU; the collator marks for them
-    with torch.no_grad():
-        logits = [network.eval()(input_ids=i, position_ids=positions, use_cache=False).logits for i in (ids, other)]
+    try:
+        with torch.no_grad():
+            logits = [network.eval()(input_ids=i, position_ids=positions, use_cache=False).logits for i in (ids, other)]
+    except RuntimeError as error:
+        raise ValueError(
+            f"model_name: its {type(network).__name__} cannot compute: {error}. Mend its config."
+        ) from None
     network.config._attn_implementation = attention
     network.train(was_training)
     if not torch.allclose(logits[0][:, 4:], logits[1][:, 4:], atol=1e-4):

@@ -71,14 +71,17 @@ def one_error(rank, world_size, where, asked_to_stop):
     try:
         yield
     except Exception as error:
-        if world_size == 1:
+        status = getattr(error, "status", None)  # of an error that is no mistake of the program's, as a full disk
+        if world_size == 1 and status is None:
             raise
         lost = LOST.search(str(error)) is not None
         if lost and asked_to_stop():
             os._exit(1)
         silent = _silent_ranks(rank, world_size) if lost else None
-        if _is_first(rank, lost):
-            if lost:
+        if world_size == 1 or _is_first(rank, lost):
+            if status is not None:
+                print(f"run_pretrain.py: error: {error}", file=sys.stderr)
+            elif lost:
                 short = " ".join(str(error).split())[-160:]
                 print(
                     f"run_pretrain.py: error: rank {rank} {where()}: {silent} does not answer: killed (out of "
@@ -89,7 +92,9 @@ def one_error(rank, world_size, where, asked_to_stop):
                 print(f"rank {rank} failed {where()}:\n{traceback.format_exc()}", file=sys.stderr)
         sys.stderr.flush()
         sys.stdout.flush()
-        os._exit(1)
+        if world_size == 1:
+            sys.exit(status)
+        os._exit(status or 1)
 
 
 def _silent_ranks(rank, world_size):

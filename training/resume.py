@@ -12,6 +12,8 @@ from .checkpoints import MANIFEST, by_step, finished, read_manifest, step_of, ve
 class Damaged(ValueError):
     """There are finished checkpoints, and not one is whole."""
 
+    status = 4  # of the process
+
 
 @dataclass
 class Run:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from . import checkpoints
+from . import checkpoints, space
 from .divergence import Divergence
 
 
@@ -25,12 +25,14 @@ class PretrainTrainer(Trainer):
         evaluation_owed: A stop came during an evaluation: whoever goes on makes it up first.
         bytes_per_token: See held_out.py; None measures held-out loss in nats alone.
         measure: Takes the seconds spent waiting for data, returns what each log line adds; all ranks call it.
+        checkpoint_bytes: What a checkpoint takes, as reckoned from the architecture.
     """
 
     facts: ClassVar[dict] = {}
     evaluation_owed = False
     bytes_per_token = measure = None
     data_wait_seconds = 0.0
+    checkpoint_bytes = 0
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -151,6 +153,16 @@ class PretrainTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
+    def train(self, *args, **kwargs):
+        """Trainer's; a full disk, whoever meets it first, is a NoSpace."""
+        try:
+            return super().train(*args, **kwargs)
+        except Exception as error:
+            full = space.explain(error, self.args.output_dir, self.checkpoint_bytes)
+            if full is None or full is error:
+                raise
+            raise full from error
+
     def _run_epoch(self, **kwargs):
         """Train no step more where the checkpoint already stood at the last one."""
         if self.state.global_step >= self.state.max_steps:
@@ -159,11 +171,28 @@ class PretrainTrainer(Trainer):
             super()._run_epoch(**kwargs)
 
     def _save_checkpoint(self, model, trial):
-        """Trainer's save, then the manifest that makes it count, then the removal of what is older."""
-        if not self.divergence.may_save(model, self.args, self.control):
+        """Trainer's save, then the manifest that makes it count, then the removal of what is older.
+
+        Raises:
+            NoSpace: The disk is full; the partial checkpoint is removed, the ones before it are whole.
+        """
+        args = self.args
+        if not self.divergence.may_save(model, args, self.control):
             return
-        args, limit = self.args, self.args.save_total_limit
+        space.check_save(args.output_dir, self.checkpoint_bytes, args.device)
         directory = Path(args.output_dir, f"checkpoint-{self.state.global_step}")
+        try:
+            self._write_checkpoint(directory, model, trial)
+        except Exception as error:
+            if space.explain(error, args.output_dir, self.checkpoint_bytes):
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+        if args.process_index == 0:
+            for sentence in checkpoints.rotate(args.output_dir, args.save_total_limit, args.keep_every_steps):
+                print(sentence, flush=True)
+
+    def _write_checkpoint(self, directory, model, trial):
+        args, limit = self.args, self.args.save_total_limit
         if args.process_index == 0:
             shutil.rmtree(directory, ignore_errors=True)  # what a killed run left of this step
         self.accelerator.wait_for_everyone()
@@ -184,9 +213,6 @@ class PretrainTrainer(Trainer):
             evaluation_owed=self.evaluation_owed,
             **self.facts,
         )
-        if args.process_index == 0:
-            for sentence in checkpoints.rotate(args.output_dir, limit, args.keep_every_steps):
-                print(sentence, flush=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """Trainer's, then the arguments' schedule: the state just loaded holds the checkpoint's, which would win."""

@@ -1,0 +1,131 @@
+"""Which values training's arguments may have, and what they ask of the machine."""
+
+import json
+import os
+from dataclasses import fields
+from importlib.util import find_spec
+
+import torch
+from transformers import get_scheduler
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+if __package__:
+    from .data.arguments import one_of
+else:
+    from data.arguments import one_of
+
+RANGES = {
+    "above 0": (
+        lambda v: v > 0,
+        "learning_rate max_grad_norm adam_epsilon num_train_epochs save_steps eval_steps logging_steps "
+        "neftune_noise_alpha",
+    ),
+    "at least 0": (
+        lambda v: v >= 0,
+        "weight_decay warmup_steps sample_steps loss_chunk_tokens keep_every_steps dataloader_num_workers",
+    ),
+    "at least 0 and below 1": (lambda v: 0 <= v < 1, "adam_beta1 adam_beta2 label_smoothing_factor"),
+    "at least 0 and below 2^32": (lambda v: 0 <= v < 2**32, "seed data_seed"),
+    "at least 1": (
+        lambda v: v >= 1,
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_eval_samples "
+        "max_eval_documents max_bad_steps ddp_timeout",
+    ),
+}
+_SILENT, _RESUME = "it would change the batch silently", "a checkpoint of it could not be resumed"
+LEFT_ALONE = {  # arguments of transformers that must keep their default here, and why
+    "average_tokens_across_devices": "without it ranks with fewer targets weigh too much",
+    "save_only_model": _RESUME,
+    "enable_jit_checkpoint": _RESUME,
+    "ignore_data_skip": "a resumed run would see other rows",
+    "restore_callback_states_from_checkpoint": "a resumed run restores its own state by itself",
+    "logging_nan_inf_filter": "it shows a NaN loss as 0",
+    "use_cache": "packed rows would attend across documents (transformers takes a cache for one document)",
+    "fp16": "its loss scaling skips steps at will; set bf16=true, or bf16=false for float32",
+    "fsdp": "deepspeed=ds_configs/zero3.json shares everything out over ranks",
+    "parallelism_config": "ZeRO (deepspeed) is the parallelism there is",
+    "accelerator_config": _SILENT,
+    "auto_find_batch_size": _SILENT,
+    "load_best_model_at_end": "the model of the last step is exported",
+}
+
+
+def check(args):
+    """Refuse what cannot be, before anything is built.
+
+    Args:
+        args: PretrainArguments, before TrainingArguments' own checks.
+
+    Raises:
+        ValueError: Begins with the key's name.
+    """
+    _check_ranges(args)
+    _check_choices(args)
+    _check_environment(args)
+    _check_optimizer(args)
+
+
+def _check_ranges(args):
+    for rule, (holds, names) in RANGES.items():
+        for name in names.split():
+            if (value := getattr(args, name)) is not None and not holds(value):
+                raise ValueError(f"{name} must be {rule}, got {value}.")
+    if args.max_steps == 0 or args.max_steps < -1:
+        raise ValueError(f"max_steps must be at least 1, or -1 to train num_train_epochs, got {args.max_steps}.")
+    if args.max_steps > 0 and args.warmup_steps >= args.max_steps:
+        raise ValueError(
+            f"warmup_steps = {args.warmup_steps} is not below max_steps = {args.max_steps}: the learning rate "
+            "would never reach its peak. Lower warmup_steps (below 1 it is a share of the run)."
+        )
+    if args.save_total_limit is not None and args.save_total_limit < 2:
+        raise ValueError(
+            f"save_total_limit must be at least 2, got {args.save_total_limit}: with 1, a crash while saving "
+            "leaves no checkpoint at all."
+        )
+
+
+def _check_choices(args):
+    for name, why in LEFT_ALONE.items():
+        default = next(f.default for f in fields(args) if f.name == name)
+        if getattr(args, name) != default:
+            raise ValueError(f"{name} must be {json.dumps(default)}, got {json.dumps(getattr(args, name))}: {why}.")
+    one_of("on_spike", args.on_spike, ("stop", "skip", "report"))
+    one_of("train_sampling_strategy", args.train_sampling_strategy, ("random", "sequential"))
+    one_of("save_strategy", str(getattr(args.save_strategy, "value", args.save_strategy)), ("no", "steps", "epoch"))
+    if args.resume_from_checkpoint is not None:
+        raise ValueError(
+            f"resume_from_checkpoint = {args.resume_from_checkpoint}: write resume={args.resume_from_checkpoint}; "
+            "resume=auto, the default, finds the newest whole checkpoint by itself."
+        )
+    if args.hub_token is not None:
+        raise ValueError("hub_token must not be in arguments: set HF_TOKEN or run `hf auth login`.")
+
+
+def _check_environment(args):
+    """Hold what is installed and what the launcher left in the environment against the arguments."""
+    asked = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    for name in set(asked) - {"none", "all", *get_available_reporting_integrations()}:
+        raise ValueError(f"report_to = {name} needs {name}, which is not installed: pip install {name}.")
+    if not args.output_dir:
+        raise ValueError("output_dir is empty: name the directory that everything goes to.")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
+        raise ValueError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']} is in the environment, but not RANK and LOCAL_RANK: launch "
+            "with deepspeed, torchrun or accelerate, or unset WORLD_SIZE."
+        )
+
+
+def _check_optimizer(args):
+    if "bnb" in str(args.optim) and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"optim = {args.optim} needs bitsandbytes, which is not installed: pip install bitsandbytes, or set "
+            "optim=adamw_torch_fused (32-bit state: 4 times its memory)."
+        )
+    name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=2, scheduler_specific_kwargs=options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs = {json.dumps(options)} do not fit lr_scheduler_type = {name}: {error}."
+        ) from None
