@@ -60,7 +60,7 @@ def set_up(config, values, deepspeed, ranks, cuda):
         return automatic if value == "auto" else int(value)
 
     chunk = values.get("loss_chunk_tokens")
-    stage = int(zero.get("stage", 0)) if deepspeed is not None else None
+    stage = zero.get("stage") if deepspeed is not None else None
     plain = chunk == 0 or stage == 3
     attention = values["attn_implementation"]
     if attention == "auto":

@@ -92,8 +92,8 @@ def _state_bytes(optim, numel, bits):
 def states(setup):
     """{part: bytes} of weights, master weights, gradients and optimizer state of one rank.
 
-    gradients are those in the compute dtype, gradients_fp32 what a step makes of them: all of them where tensors are
-    stepped together, the largest group's where DeepSpeed takes one group after the other.
+    gradients are those in the compute dtype, gradients_fp32 what a step makes of them: DeepSpeed takes one group
+    after the other, so the largest group's. Without DeepSpeed all are float32, and bf16 is autocast's.
 
     Raises:
         ValueError: An optimizer whose state is not known here.
@@ -102,7 +102,7 @@ def states(setup):
         raise ValueError(f"optim = {setup.optim}: its state is not counted; counted are {', '.join(OPTIMIZERS)}.")
     ranks, stage, grouped = setup.ranks, setup.stage, groups(setup)
     total = counting.count(setup.config).total
-    if stage is None or not setup.bf16 or stage == 0:
+    if stage is None:
         each = [(t.numel, t.count, bits) for tensors, bits in grouped.values() for t in tensors]
     else:
         share = shared_out if stage == 3 else partition
@@ -111,26 +111,23 @@ def states(setup):
     optimizer += QMAPS if OPTIMIZERS[setup.optim][1] == 8 and setup.optim != "sgd" else 0
     mine = sum(numel * count for numel, count, _ in each)
     largest = max(numel * count for numel, count, _ in each)
-    if stage is None or not setup.bf16:
+    if stage is None:
         return {"weights": 4 * total, "master": 0, "gradients": 4 * total, "gradients_fp32": 0, "optimizer": optimizer}
-    whole = 2 * total
+    element, whole = (2 if setup.bf16 else 4), mine * ranks
     if stage == 3:
-        kept = sum(t.numel * t.count for t in counting.weights(setup.config) if t.numel <= setup.persistent)
-        whole = 2 * mine + 2 * kept
-    elif stage:
-        whole = 2 * mine * ranks
+        whole = mine + sum(t.numel * t.count for t in counting.weights(setup.config) if t.numel <= setup.persistent)
     return {
-        "weights": whole,
+        "weights": element * whole,
         "master": 4 * mine,
-        "gradients": 2 * (mine if stage in (2, 3) else total),
-        "gradients_fp32": 4 * (mine if stage == 0 else largest),
+        "gradients": element * (total if stage == 1 else mine),
+        "gradients_fp32": 4 * largest,
         "optimizer": optimizer,
     }
 
 
 def buckets(setup):
     """DeepSpeed's reduction buffers: whole ones on a GPU, on a CPU what gradients are written into them."""
-    if setup.stage not in (1, 2, 3) or not setup.bf16:
+    if setup.stage is None:
         return 0
     if setup.cuda:
         return 2 * setup.bucket * (2 if setup.overlap else 1)
@@ -182,7 +179,7 @@ def activations(setup):
     """Bytes saved by all layers and the final norm at the end of a forward."""
     layers, tokens = setup.config["num_hidden_layers"], setup.micro_batch * setup.block_size
     stream = 4 if setup.stage is None or not setup.bf16 else 2  # bytes of the residual stream
-    last = (4 + 2 * stream) * tokens * setup.config["hidden_size"]
+    last = (4 + stream) * tokens * setup.config["hidden_size"]
     if setup.checkpointing:
         return layers * stream * tokens * setup.config["hidden_size"] + last
     return layers * layer_activations(setup) + last
@@ -199,8 +196,8 @@ def loss_bytes(setup):
     vocab, hidden = setup.config["vocab_size"], setup.config["hidden_size"]
     tokens, element = setup.micro_batch * setup.block_size, 2 if setup.bf16 else 4
     if setup.loss == "plain":
-        # logits, the same in float32, its log-softmax and the gradient of that
-        return (element + 12 if setup.bf16 else 12) * tokens * vocab
+        # logits, their log-softmax in float32 and its gradient, which autocast casts once more
+        return (element + 8 + (2 if setup.stage is None and setup.bf16 else 0)) * tokens * vocab
     # a chunk's logits in both dtypes, the head's gradient in float32 and one chunk's part of it
     return (element + 4) * chunk_tokens(setup) * vocab + (4 + element) * vocab * hidden + element * tokens * hidden
 

@@ -1,15 +1,23 @@
 """The plan: counted, held against the real models, the real optimizer and what was published."""
 
 import json
+import math
+import subprocess
+import sys
+from dataclasses import MISSING, fields
 
 import pytest
 import torch
 from conftest import ROOT
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from smolpretrain.planning import counting, hardware
+from smolpretrain import plan as plan_command
+from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
+from smolpretrain.command_line import parse_args
+from smolpretrain.planning import assemble, contradictions, counting, hardware, laws, memory
 from smolpretrain.training.model import BUILT_IN, load_config
 
+ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
 RECIPES = [ROOT / "args.json", *sorted((ROOT / "configs").glob("*.json"))]
 # Small ones of each family, and fields that change what there is to count.
 FAMILIES = [
@@ -109,3 +117,291 @@ def test_a_gpu_is_known_by_cuda_s_name_and_a_sister_card_is_not_taken_for_it():
     with pytest.raises(ValueError, match="gpu = h100 is not one device: choose from H100-SXM, H100-PCIe"):
         hardware.find("h100")
     assert all(device.source and device.peak_flops for device in hardware.DEVICES)
+
+
+# Sizes that no rank count divides, and an untied head; each case is trained two steps by run_pretrain.py itself.
+ODD = {"intermediate_size": 353, "vocab_size": 4099, "tie_word_embeddings": False}
+CASES = [
+    (None, "adamw_bnb_8bit"), (1, "adamw_torch"), (2, "adamw_bnb_8bit"), (2, "adamw_torch"), (3, "adamw_bnb_8bit"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_states_are_those_of_real_runs_to_the_byte(ranks, launch, tmp_path):
+    common = [
+        "model_name=smollm2-1m", "tokenizer_name=train", f"config_overrides={json.dumps(ODD)}", "block_size=128",
+        "per_device_train_batch_size=2", "max_steps=2", "warmup_steps=1", "validation_fraction=0", "sample_steps=0",
+        "save_strategy=no", "disable_tqdm=true", "resume=never", f"prepared_dir={tmp_path / 'prepared'}",
+    ]  # fmt: skip
+    words = [
+        [*common, f"optim={optim}", f"output_dir={tmp_path / str(number)}",
+         f"deepspeed={'null' if stage is None else f'ds_configs/zero{stage}.json'}"]
+        for number, (stage, optim) in enumerate(CASES)
+    ]  # fmt: skip
+    (tmp_path / "cases.json").write_text(json.dumps(words))
+    done = launch("deepspeed", "--num_gpus", ranks, ROOT / "tests" / "walked_run.py", tmp_path / "cases.json")
+    walked = [json.loads(line.split(" ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("walked ")]
+    assert len(walked) == len(CASES) * ranks
+    config = counting.load_config("smollm2-1m", ODD)
+    for case, found in enumerate(walked):
+        stage, optim = CASES[case // ranks]
+        setup = memory.Setup(
+            config, 128, micro_batch=2, ranks=ranks, stage=stage, optim=optim, persistent=10 * config["hidden_size"]
+        )
+        expected = memory.states(setup)
+        compared = ["weights", "master", "optimizer", *(["gradients_fp32"] if "gradients_fp32" in found else [])]
+        assert {part: found[part] for part in compared} == {part: expected[part] for part in compared}, (stage, optim)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("name", ["smollm2-1m", "smollm2-135m", "smollm2-1.7b"])
+def test_states_are_deepspeed_s_own_estimate_where_its_assumptions_agree(name, ranks):
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    config = counting.load_config(name)
+    parts = memory.states(memory.Setup(config, 512, ranks=ranks, stage=2, optim="adamw_torch"))
+    # It takes float32 gradients of all groups at once and no step counters; ours are of the largest group.
+    shares = [memory.partition(tensors, ranks) for tensors, _ in memory.groups(
+        memory.Setup(config, 512, optim="adamw_torch")).values()]  # fmt: skip
+    ours = sum(parts.values()) - 4 * len(shares) + 4 * (sum(shares) - max(shares))
+    theirs = estimate_zero2_model_states_mem_needs(counting.count(config).total, ranks, cpu_offload=False)[1]
+    padding = sum(shares) * ranks - counting.count(config).total
+    assert theirs <= ours <= theirs + 20 * (padding + 1)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("attention", "packed"), [("sdpa", True), ("sdpa", False), ("eager", True)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_a_real_forward_saves(autocast, attention, packed, checkpointing):
+    config = small("llama", attn_implementation=attention, tie_word_embeddings=True)
+    rows, block = 2, 192
+    model = AutoModelForCausalLM.from_config(config).train()
+    if not autocast:
+        model.to(torch.bfloat16)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    known, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids, positions = torch.randint(0, config.vocab_size, (rows, block)), torch.arange(block).repeat(rows, 1)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        kept = model.model(ids, position_ids=positions % 50 if packed else positions, use_cache=False)
+    setup = memory.Setup(
+        config.to_dict(), block, micro_batch=rows, stage=None if autocast else 2, checkpointing=checkpointing,
+        attention=attention, packed=packed,
+    )  # fmt: skip
+    real = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    assert memory.activations(setup) == pytest.approx(real, rel=0.06)
+    del kept
+
+
+def write(path, **values):
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def planned(*words):
+    values, plan_args = plan_command.parse(words)
+    return plan_command.plan_of(values, plan_args)[0]
+
+
+def test_importing_the_command_imports_no_torch():
+    code = "import sys, smolpretrain.plan; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_older_project_s_claims_are_found_impossible(capsys):
+    recipe, claims = ("configs/smollm2-1.7b-cosmopedia-4xl4.json", "configs/claims/smollm2-1.7b-cosmopedia-4xl4.json")
+    plan_command.main([str(ROOT / recipe), "gpus=4", "gpu=L4", "--claims", str(ROOT / claims), "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["data"]["tokens"] == 30_000 * 64 * 2048 and plan["model"]["total"] == 1_711_376_384
+    assert "93% by 6 N alone" in plan["claims"][0] and "impossible" in plan["claims"][0]
+    assert "exp(3.75) is 42.5" in plan["claims"][1]
+    assert len(plan["claims"]) == 2 and plan["memory"]["fits"]
+
+
+def test_claims_that_agree_with_arithmetic_are_left_alone():
+    config = counting.load_config("smollm2-135m")
+    plan = planned("max_steps=1000", "gpu=H100-SXM", "gpus=8")
+    tokens = plan["data"]["tokens"]
+    hours = tokens * plan["compute"]["flops_per_token"] / (8 * 989.4e12 * 0.4) / 3600
+    claims = {"steps": 1000, "tokens": tokens, "hours": hours, "loss": 3.0, "perplexity": 20.1}
+    terms = (plan, counting.flops(config, 2048), hardware.find("H100-SXM"), 8)
+    assert contradictions.claims(claims, *terms) == []
+    assert "claimed 9,999 tokens" in contradictions.claims(claims | {"tokens": 9999}, *terms)[0]
+    assert "claimed 1,500 steps, the recipe says 1,000" in contradictions.claims(claims | {"steps": 1500}, *terms)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["max_steps=100", "warmup_steps=200"], "warmup_steps = 200 is not below the run's 100 steps"),
+        (["max_steps=100", "save_steps=500"], "save_steps = 500 is beyond the run's 100 steps"),
+        (["max_steps=100000", "learning_rate=1e-5"], "learning_rate = 1e-05 is more than 4 times outside 1.6e-03 to"),
+        (["max_steps=100000", "learning_rate=0.1"], "learning_rate = 0.1 is more than 4 times outside"),
+        (["max_steps=100"], "tokens for 134,515,008 parameters are 0.012 a parameter, under 1"),
+        (["max_steps=100", "block_size=4096"], "block_size = 4,096 is more than the model's 2,048 positions"),
+        (["max_steps=100000", "hours=0.1"], "in 0.1 h on 1 x L4 needs, of the dense bf16 peak of 121 TFLOPS each"),
+        (
+            ["max_steps=100", 'deepspeed={"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4}'],
+            "gradient_accumulation_steps = 4, but gradient_accumulation_steps = 1",
+        ),
+    ],
+)
+def test_a_contradiction_is_said_in_one_line_with_its_numbers(words, sentence):
+    plan = planned("gpu=L4", *words)
+    assert [line for line in plan["contradictions"] if sentence in line], plan["contradictions"]
+    calm = planned("gpu=L4", "max_steps=50000", "per_device_train_batch_size=32", "save_steps=1000")
+    assert calm["contradictions"] == []
+
+
+@pytest.mark.parametrize(("steps", "sentence"), [(10, "sees 50.00% of the prepared set"), (100, "5.0 times: beyond 4")])
+def test_epochs_are_counted_over_the_prepared_set(steps, sentence, tmp_path):
+    write(tmp_path / "manifest.json", block_size=512, splits={"train": {"blocks": 80}})
+    words = ["gpu=L4", "block_size=512", "per_device_train_batch_size=4", f"prepared_dir={tmp_path}"]
+    plan = planned(*words, f"max_steps={steps}")
+    assert plan["data"]["epochs"] == steps * 4 / 80
+    assert [line for line in plan["contradictions"] if sentence in line]
+    by_epochs = planned(*words, "num_train_epochs=2")
+    assert by_epochs["data"]["steps"] == 40 and by_epochs["data"]["epochs"] == 2
+
+
+def test_checkpoints_larger_than_the_disk_are_said(tmp_path):
+    plan = {"memory": {"checkpoint_bytes": 10**9}}
+    values = {"save_total_limit": 3, "output_dir": "runs/x"}
+    said = contradictions.disk(plan, values, free_bytes=3 * 10**9)
+    assert said == [
+        "3 checkpoints and one being written are 4.0 GB (1.0 GB each), and runs/x has 3.0 GB free."
+    ] and not contradictions.disk(plan, values, free_bytes=5 * 10**9)
+
+
+def test_what_does_not_fit_is_told_the_nearest_change_and_it_fits():
+    words = ["model_name=smollm2-1.7b", "gpu=L4", "max_steps=100", "activation_checkpointing=false"]
+    plan = planned(*words, "per_device_train_batch_size=8", "optim=adamw_torch", "gpus=4")
+    assert plan["memory"]["fits"] is False
+    change = plan["memory"]["nearest_change"]["change"]
+    changed = planned(*words, "per_device_train_batch_size=8", "optim=adamw_torch", "gpus=4", *change.split())
+    assert changed["memory"]["fits"] is True
+    assert changed["data"]["tokens_a_step"] == plan["data"]["tokens_a_step"]
+
+
+def test_the_suggested_micro_batch_fits_and_keeps_the_batch():
+    words = ["model_name=smollm2-1.7b", "gpu=L4", "gpus=4", "max_steps=100", "gradient_accumulation_steps=64"]
+    plan = planned(*words, "suggest=true", "per_device_train_batch_size=1")
+    found = plan["memory"]["suggestion"]
+    micro, accumulation = found["per_device_train_batch_size"], found["gradient_accumulation_steps"]
+    assert micro * accumulation == 64 and micro > 1
+    words[-1] = f"gradient_accumulation_steps={accumulation}"
+    assert planned(*words, f"per_device_train_batch_size={micro}")["memory"]["fits"]
+    words[-1] = f"gradient_accumulation_steps={accumulation // 2}"
+    assert not planned(*words, f"per_device_train_batch_size={micro * 2}")["memory"]["fits"]
+
+
+def test_time_is_flops_over_peak_and_money_and_energy_follow():
+    plan = planned("gpu=H100-SXM", "gpus=8", "max_steps=1000", "mfu=0.5", "price_per_gpu_hour=2")
+    flops = plan["data"]["tokens"] * plan["compute"]["flops_per_token"]
+    hours = flops / (8 * 989.4e12 * 0.5) / 3600
+    assert plan["time"]["hours"] == pytest.approx(hours)
+    assert plan["time"]["money"] == pytest.approx(hours * 8 * 2)
+    assert plan["time"]["kilowatt_hours"] == pytest.approx(hours * 8 * 0.7)
+
+
+def test_a_slow_network_sets_the_pace():
+    words = ["gpu=H100-SXM", "gpus=16", "nodes=2", "max_steps=1000", "mfu=0.5"]
+    slow = planned(*words, "network_gbit_per_second=1")["time"]
+    sent = 2 * 2 * counting.count(counting.load_config("smollm2-135m")).total * 15 / 16
+    assert slow["limited_by"] == "network"
+    assert slow["seconds_a_step"] == pytest.approx(sent / (1e9 / 8 / 8), rel=1e-6)
+    assert planned(*words, "network_gbit_per_second=100000")["time"]["limited_by"] == "compute"
+
+
+# tokens a second and device at the utilization its authors state, and where they say so
+PUBLISHED = [
+    ({"hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
+      "intermediate_size": 5632, "vocab_size": 32000}, "llama", 2048, "A100-40GB", 0.56, 24_000, "TinyLlama's README"),
+    ({}, "smollm3", 4096, "H100-SXM", 0.294, 14_000, "SmolLM3's training configuration"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "kind", "block", "gpu", "mfu", "rate", "source"), PUBLISHED)
+def test_published_rates_follow_from_their_stated_utilization(fields, kind, block, gpu, mfu, rate, source):
+    config = CONFIG_MAPPING[kind](**fields).to_dict()
+    ours = hardware.find(gpu).peak_flops * mfu / counting.flops_per_token(config, block)
+    assert ours == pytest.approx(rate, rel=0.1), source
+
+
+def test_the_laws_give_what_their_papers_print():
+    # Hoffmann et al. 2022, table 3: 67B parameters and 1.5T tokens at Gopher's 5.76e23; Chinchilla took 70B and 1.4T
+    parameters, tokens = laws.optimal(5.76e23)
+    assert parameters == pytest.approx(67e9, rel=0.15) and tokens == pytest.approx(1.5e12, rel=0.15)
+    assert laws.flops_for_tokens(tokens) == pytest.approx(5.76e23)
+    # the re-fit's exponent is 0.5126 (Besiroglu et al. 2024); approach 3's as published beta / (alpha + beta) = 0.45
+    for fit, exponent in ((laws.REFIT, 0.5126), (laws.HOFFMANN, 0.45)):
+        found = math.log(laws.optimal(1e22, fit)[0] / laws.optimal(1e20, fit)[0]) / math.log(100)
+        assert found == pytest.approx(exponent, abs=0.005)
+    # DeepSeek LLM 7B and 67B at 2T tokens trained with 4.2e-4 and 3.2e-4, 2304 and 4608 rows of 4096 (table 2)
+    for flops, rate, batch in ((6 * 6.9e9 * 2e12, 4.2e-4, 2304 * 4096), (6 * 67e9 * 2e12, 3.2e-4, 4608 * 4096)):
+        advice = laws.deepseek(flops)
+        assert advice.learning_rate == pytest.approx(rate, rel=0.25)
+        assert advice.batch_tokens == pytest.approx(batch, rel=0.35)
+    assert laws.olmo_ladder(108e6)[:2] == (0.0047, 160 * 2048)
+
+
+def test_a_budget_becomes_arguments_that_the_plan_and_the_run_accept(tmp_path, capsys):
+    target = tmp_path / "args.json"
+    plan_command.main(["--budget_flops", "1e20", "--write", str(target)])
+    said = capsys.readouterr().out
+    assert "arXiv 2404.10102" in said and "arXiv 2401.02954" in said and "arXiv 2412.04403" in said
+    plan = planned(str(target), "gpu=H100-SXM")
+    assert 6 * plan["model"]["total"] * plan["data"]["tokens"] == pytest.approx(1e20, rel=0.1)
+    assert not [line for line in plan["contradictions"] if "learning_rate" in line or "a parameter" in line]
+    model, _, args = parse_args([str(target), "deepspeed=null"], ARGUMENTS)
+    built = load_config(model.model_name, model.config_overrides)
+    assert sum(p.numel() for p in on_meta(built).parameters()) == plan["model"]["total"] and args.max_steps > 0
+    with pytest.raises(SystemExit):
+        plan_command.main(["--budget_flops", "1e20", "--write", str(target)])
+    assert "the file exists" in capsys.readouterr().err
+
+
+def test_hours_and_tokens_are_budgets_too(capsys):
+    plan_command.main(["--budget_gpu_hours", "100", "gpu=L4", "mfu=0.4", "--json"])
+    assert json.loads(capsys.readouterr().out)["flops"] == pytest.approx(100 * 3600 * 121e12 * 0.4)
+    plan_command.main(["--tokens", "1e10", "--json"])
+    assert json.loads(capsys.readouterr().out)["tokens"] == pytest.approx(1e10)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["learing_rate=1"],
+            "plan.py: error: command line: learing_rate is not an argument. Did you mean learning_rate?",
+        ),
+        (["gpu=V100"], "plan.py: error: command line: gpu = V100 is not known: choose from L4,"),
+        (["gpus=3", "nodes=2"], "cannot be shared out over nodes = 2 evenly"),
+        (["mfu=40"], "mfu = 40 is a share of the peak: at most 1"),
+        (["per_device_train_batch_size=0"], "per_device_train_batch_size must be at least 1, got 0."),
+        (["gpu=L4", "optim=galore_adamw"], "optim = galore_adamw: its state is not counted"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(words, line, capsys):
+    with pytest.raises(SystemExit) as end:
+        plan_command.main(words)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and line in said and said.count("\n") == 1
+
+
+def test_the_fields_are_those_of_the_run_with_its_defaults():
+    values, _ = plan_command.parse([])
+    for cls in ARGUMENTS:
+        for each in fields(cls):
+            if each.init and each.default is not MISSING:
+                assert values[each.name] == each.default, each.name
+    assert assemble.checkpoints(values) and not assemble.checkpoints(values | {"gradient_checkpointing": False})

@@ -47,6 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + chunk_tokens] = grad @ weight
             if need_weight:
                 grad_weight += grad.T @ rows
+            del logits, grad  # or the next chunk's would stand beside them: 200 MiB at vocabulary 49152
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
