@@ -35,7 +35,8 @@ def train(size, steps, directory):
     """Median tokens a second after the warm steps."""
     out = Path(directory, size.replace(" ", ""))
     words = [
-        "model_name=smollm2-1m", f"config_overrides={json.dumps(overrides(size))}", f"tokenizer_name={directory}/tokenizer",
+        "model_name=smollm2-1m", f"config_overrides={json.dumps(overrides(size))}",
+        f"tokenizer_name={directory}/tokenizer",
         f"block_size={BLOCK}", f"per_device_train_batch_size={ROWS}", f"max_steps={steps + WARM}", "warmup_steps=2",
         "validation_fraction=0", "activation_checkpointing=false", "logging_steps=1", "save_strategy=no",
         "sample_steps=0", "deepspeed=null", "optim=adamw_torch_fused", f"output_dir={out}", "disable_tqdm=true",
