@@ -12,6 +12,10 @@ from . import counting
 CHUNK_LOGITS = 2**25  # as training/loss.py fills a chunk
 BLOCK, SMALLEST_8BIT = 256, 4096  # bitsandbytes: elements an absmax, elements below which the state stays 32-bit
 QMAPS = 2 * 256 * 4  # its two tables of quantized values, held once
+# What a CPU run holds besides, measured by benchmarks/plan_memory.py: the libraries' own pools and the data's buffers,
+# and the float32 copies that bitsandbytes' CPU step makes of what it steps: both states, gradient, denominator and
+# the quantizer's for 8 bits, gradient, denominator, its root and the update for 32. Its CUDA kernels make none.
+RUNTIME, COPIES = 110 * 2**20, {8: 5, 32: 4}
 # {optim: (states an element, bits)}; a torch.optim state has a 4-byte step counter a tensor besides.
 OPTIMIZERS = {
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "ademamix_8bit"), (2, 8)),
@@ -125,6 +129,19 @@ def states(setup):
     }
 
 
+def step_copies(setup):
+    """Bytes that the optimizer's step on a CPU holds for a moment: of the largest tensor, or ZeRO's largest share."""
+    if setup.cuda or OPTIMIZERS[setup.optim][1] == 32:
+        return 0
+    sizes = []
+    for tensors, bits in groups(setup).values():
+        if setup.stage is None:
+            sizes += [(t.numel, bits if t.numel >= SMALLEST_8BIT else 32) for t in tensors]
+        else:
+            sizes.append(((shared_out if setup.stage == 3 else partition)(tensors, setup.ranks), bits))
+    return max(4 * numel * COPIES[bits] for numel, bits in sizes)
+
+
 def buckets(setup):
     """DeepSpeed's reduction buffers: whole ones on a GPU, on a CPU what gradients are written into them."""
     if setup.stage is None:
@@ -196,8 +213,8 @@ def loss_bytes(setup):
     vocab, hidden = setup.config["vocab_size"], setup.config["hidden_size"]
     tokens, element = setup.micro_batch * setup.block_size, 2 if setup.bf16 else 4
     if setup.loss == "plain":
-        # logits, their log-softmax in float32 and its gradient, which autocast casts once more
-        return (element + 8 + (2 if setup.stage is None and setup.bf16 else 0)) * tokens * vocab
+        # logits, their log-softmax in float32, its gradient, and that in the compute dtype
+        return (2 * element + 8) * tokens * vocab
     # a chunk's logits in both dtypes, the head's gradient in float32 and one chunk's part of it
     return (element + 4) * chunk_tokens(setup) * vocab + (4 + element) * vocab * hidden + element * tokens * hidden
 
@@ -221,11 +238,14 @@ def peak(setup):
             "gradients": held["gradients"] * (2 if carried and setup.stage == 2 else 1),
             "buckets": buckets(setup),
         },
-        "step": {"gradients": held["gradients"] + (0 if offloaded else held["gradients_fp32"])},
+        "step": {
+            "gradients": held["gradients"] + (0 if offloaded else held["gradients_fp32"]),
+            "step": step_copies(setup),
+        },
     }
     name = max(moments, key=lambda moment: sum(moments[moment].values()))
-    if setup.cuda and buckets(setup):
-        moments[name].setdefault("buckets", 0)
+    if not setup.cuda:
+        parts["runtime"] = RUNTIME
     return {part: size for part, size in (parts | moments[name]).items() if size} | {"moment": name}
 
 

@@ -12,6 +12,8 @@ _PARTS = {
     "buckets": "DeepSpeed's buckets",
     "activations": "activations",
     "loss": "logits and loss",
+    "step": "the step's copies",
+    "runtime": "libraries and data",
 }
 
 
