@@ -162,7 +162,7 @@ def layer_activations(setup):
     config, tokens = setup.config, setup.micro_batch * setup.block_size
     heads, kv_heads, size = counting.heads_of(config)
     hidden, wide, narrow = config["hidden_size"], heads * size, kv_heads * size
-    element, autocast = (2 if setup.bf16 else 4), setup.bf16 and setup.stage is None
+    element, autocast = (2 if setup.bf16 else 4), bool(_cast_weights(setup))
     squares = setup.micro_batch * setup.block_size**2
     inner = _inner(config)
     if setup.loss == "liger":  # its norm keeps its input, its SwiGLU recomputes the activation
@@ -178,12 +178,15 @@ def layer_activations(setup):
         saved += (4 + element) * heads * squares
     elif masked:
         saved += element * squares
-    if autocast:
-        kept = (
-            t.numel * t.count for t in counting.weights(config) if t.decayed and t.part not in ("embedding", "head")
-        )
-        saved += 2 * sum(kept) // config["num_hidden_layers"]
-    return saved
+    return saved + _cast_weights(setup) // config["num_hidden_layers"]
+
+
+def _cast_weights(setup):
+    """The layers' weights in bfloat16 that autocast keeps until the forward ends."""
+    if not setup.bf16 or setup.stage is not None:
+        return 0
+    inside = (t for t in counting.weights(setup.config) if t.decayed and t.part not in ("embedding", "head"))
+    return 2 * sum(t.numel * t.count for t in inside)
 
 
 def _inner(config):
@@ -198,7 +201,7 @@ def activations(setup):
     stream = 4 if setup.stage is None or not setup.bf16 else 2  # bytes of the residual stream
     last = (4 + stream) * tokens * setup.config["hidden_size"]
     if setup.checkpointing:
-        return layers * stream * tokens * setup.config["hidden_size"] + last
+        return layers * stream * tokens * setup.config["hidden_size"] + _cast_weights(setup) + last
     return layers * layer_activations(setup) + last
 
 
@@ -215,8 +218,9 @@ def loss_bytes(setup):
     if setup.loss == "plain":
         # logits, their log-softmax in float32, its gradient, and that in the compute dtype
         return (2 * element + 8) * tokens * vocab
-    # a chunk's logits in both dtypes, the head's gradient in float32 and one chunk's part of it
-    return (element + 4) * chunk_tokens(setup) * vocab + (4 + element) * vocab * hidden + element * tokens * hidden
+    # a chunk's logits in both dtypes, the head's gradient in float32 and one chunk's part of it, its weights cast
+    head = (4 + element + (2 if _cast_weights(setup) else 0)) * vocab * hidden
+    return (element + 4) * chunk_tokens(setup) * vocab + head + element * tokens * hidden
 
 
 def peak(setup):

@@ -197,7 +197,8 @@ def test_activations_are_what_a_real_forward_saves(autocast, attention, packed, 
         attention=attention, packed=packed,
     )  # fmt: skip
     real = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    assert memory.activations(setup) == pytest.approx(real, rel=0.06)
+    cast = memory._cast_weights(setup) if checkpointing else 0  # autocast's own, which no backward asks for
+    assert memory.activations(setup) - cast == pytest.approx(real, rel=0.04)
     del kept
 
 
