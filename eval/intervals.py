@@ -31,8 +31,8 @@ def bootstrap(numerators, denominators, resamples=999, seed=0):
     a_sum, b_sum, aa, ab, bb = np.concatenate(sums).T
     drawn, ratio = a_sum / b_sum, a.sum() / b.sum()
     its_error = np.sqrt(np.maximum(aa - 2 * drawn * ab + drawn**2 * bb, 0)) / b_sum
-    with np.errstate(invalid="ignore", divide="ignore"):
-        t = np.where(drawn == ratio, 0.0, (drawn - ratio) / its_error)
+    moves = its_error > 1e-6 * np.abs(drawn)  # not where all documents have one ratio, up to rounding
+    t = np.divide(drawn - ratio, its_error, out=np.zeros(resamples), where=moves)
     below, above = np.quantile(t, (0.025, 0.975), method="weibull")
     without = (a.sum() - a) / (b.sum() - b)
     error = np.sqrt((count - 1) * without.var())

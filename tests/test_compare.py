@@ -223,3 +223,13 @@ def test_our_prompts_are_ten_lines_without_an_end():
     prompts = generation.read_prompts()
     assert len(prompts) == len(set(prompts)) == 10
     assert not [p for p in prompts if p.endswith((".", "?", "!"))]
+
+
+def test_a_difference_is_paired_only_where_the_same_bytes_were_scored():
+    each = torch.tensor([[8.0, 4, 5, 1]] * 12).numpy()
+    first, shorter = each.copy(), each.copy()
+    first[:, 0] += 5 * math.log(2)
+    shorter[0, 2] = 4
+    rows = compare.difference_rows({"c": (first, "c", {})}, {"c": (each, "c", {})}, "first")
+    assert [row["value"] for row in rows] == [pytest.approx(-1.0)] and rows[0]["n"] == 12
+    assert compare.difference_rows({"c": (first, "c", {})}, {"c": (shorter, "c", {})}, "first") == []

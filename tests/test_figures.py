@@ -154,6 +154,7 @@ def test_intervals_are_seeded_and_narrow_with_more_documents_and_absent_below_te
     assert widths[0] > widths[1] > widths[2] > 0
     assert bootstrap(nll[:9], size[:9]) == (None, None)
     assert bootstrap(np.full(20, 3.0), np.full(20, 2.0)) == (1.5, 1.5)
+    assert bootstrap(size * 0.7, size) == pytest.approx((0.7, 0.7))
 
 
 def test_each_figure_lies_inside_its_interval(model, tokenizer):

@@ -315,6 +315,8 @@ WRONG = {  # what the user typed beside --model: what the one line says
     "--data_files {files}/d.txt --window 65": "max_position_embeddings (64), got 65",
     "--data_files {files}/d.txt --stride 0": "stride must be from 1",
     "--data_files {files}/d.txt --window 8 --stride 9": "the window (8",
+    "--data_files {files}/d.txt --max_documents 0": "max_documents must be at least 1, got 0",
+    "--data_files {files}/d.txt --compatible_with lm_eval --stride 4": "fixes the windows: leave stride out",
     "--data_files {files}/d.txt --batch_size -1": "batch_size must be 0 or more",
     "--data_files {files}/d.txt --device cuda": "device cuda needs a device that torch sees",
     "--data_files {files}/d.txt --strid 4": "unrecognized arguments: --strid",

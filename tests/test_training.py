@@ -6,13 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, LlamaConfig, MixtralConfig, set_seed
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from smolpretrain.arguments import PretrainArguments
 from smolpretrain.data.packing import PackedCollator
 from smolpretrain.data.tokenization import train_tokenizer
-from smolpretrain.training import loss, model, record
+from smolpretrain.training import held_out, loss, model, record
 from smolpretrain.training.trainer import PretrainTrainer
 
 EOS = 0
@@ -365,3 +366,36 @@ def test_the_first_loss_is_held_against_ln_vocabulary(tmp_path, capsys, first, v
     log = record.Record(tmp_path, None, torch.device("cpu"))
     log._hold_first_loss(first, 512)
     assert verdict in capsys.readouterr().out and verdict in (tmp_path / "training_log.md").read_text()
+
+
+def test_a_resumed_run_writes_later_metrics_and_samples_again(tmp_path):
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"step": step}) + "\n" for step in (2, 4, 6)))
+    record.Record(tmp_path, None, torch.device("cpu"))._keep_until(4)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()] == [2, 4]
+
+
+def test_a_log_line_is_of_the_steps_since_the_last_and_mfu_is_absent_where_a_peak_is_unknown(tmp_path):
+    log = record.Record(tmp_path, None, torch.device("cpu"), flops_per_token=6e6, peak_flops=1e9)
+    log.tokens_trained, log.training_seconds = 1000, 10.0
+    first = log.measure(data_wait_seconds=1.0)
+    assert (first["tokens_per_second"], first["mfu"], first["data_wait_share"]) == (100.0, 0.6, 0.1)
+    log.tokens_trained, log.training_seconds = 1600, 12.0
+    assert (second := log.measure(data_wait_seconds=2.0))["tokens_per_second"] == 300.0
+    assert second["data_wait_share"] == 0.5 and log.measured["peak_memory_gib_by_rank"] == [second["peak_memory_gib"]]
+    unknown = record.Record(tmp_path, None, torch.device("cpu"), flops_per_token=6e6)
+    assert "mfu" not in unknown.measure(0.0) and unknown.measured["mfu"] is None
+
+
+def test_bytes_of_tokens_are_trusted_only_where_they_add_up_to_the_text():
+    texts = ["Caf\u00e9 na\u00efve \u4e2d\u6587 \U0001f600 <|endoftext|>", "plain words, CAPITALS and 2024"]
+    tokenizer = train_tokenizer(texts * 3, 300)
+    sizes = held_out.bytes_per_token(tokenizer, texts)
+    assert sizes[EOS] == 0 and len(sizes) == len(tokenizer)
+    for text in texts:
+        ids = tokenizer(text, split_special_tokens=True).input_ids
+        assert sizes[ids].sum() == len(text.encode())
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    assert held_out.bytes_per_token(tokenizer, texts) is None
+    assert held_out.bytes_per_token(tokenizer, []) is None

@@ -1,0 +1,89 @@
+"""Tokens a second of eval/perplexity.py beside lm-eval's rolling evaluation: same model, windows and text, in one run.
+
+    python benchmarks/evaluation_throughput.py [--model DIR_OR_GGUF] [--documents 48] [--rounds 3] [--batch_sizes 1 8]
+
+Both score the same documents of the built-in text in lm-eval's rolling windows (--compatible_with lm_eval), with the
+same loaded model in float32 and the same tokenizer; the figures they give must agree to 1e-4 or this ends with an
+error. lm-eval runs at each of --batch_sizes and its best counts; ours chooses its own. Turn about, the median of
+--rounds after one round of warm-up. Without --model: SmolLM2-135M's architecture at random weights, whose speed is that
+of any weights, with a tokenizer trained on the same text.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import statistics
+import time
+
+import torch
+import transformers
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from smolpretrain.data.builtin import builtin_documents
+from smolpretrain.data.tokenization import train_tokenizer
+from smolpretrain.eval import perplexity, provenance
+from smolpretrain.training.model import load_config, random_model
+
+
+def ours(model, tokenizer, texts, window):
+    sums = perplexity.score_documents(model, tokenizer, texts, window, compatible_with="lm_eval", progress=False)
+    return sums["nll"], sums["tokens"]
+
+
+def theirs(model, tokenizer, texts, window, batch_size):
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, max_length=window, batch_size=batch_size)
+    asked = [Instance("loglikelihood_rolling", {}, (text,), n) for n, text in enumerate(texts)]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its bars cannot be turned off
+        return -sum(lm.loglikelihood_rolling(asked, disable_tqdm=True))
+
+
+def timed(function, *args):
+    began = time.perf_counter()
+    return function(*args), time.perf_counter() - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--documents", type=int, default=48)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    documents = builtin_documents()
+    if args.model:
+        model, (_, tokenizer) = perplexity.load_model(args.model), perplexity.load_config(args.model)
+    else:
+        config = load_config("smollm2-135m")
+        tokenizer = train_tokenizer(documents, config.vocab_size)
+        model = random_model(config, 0, "sdpa").eval()
+    model.config.use_cache = False  # as perplexity.py has it; a cache would only slow lm-eval down
+    texts = documents[:: len(documents) // args.documents][: args.documents]
+    ways = {"eval/perplexity.py": (ours,)}
+    ways |= {f"lm-eval, batch size {size}": (theirs, size) for size in args.batch_sizes}
+    seconds, figures = {name: [] for name in ways}, {}
+    for round_number in range(args.rounds + 1):
+        for name, (function, *more) in ways.items():
+            some = texts if round_number else texts[:2]  # warm-up
+            figures[name], took = timed(function, model, tokenizer, some, args.window, *more)
+            seconds[name] += [took] if round_number else []
+    nll, tokens = figures.pop("eval/perplexity.py")
+    for name, figure in figures.items():
+        if not math.isclose(figure, nll, rel_tol=1e-4):
+            raise SystemExit(f"{name} gives {figure} nats, eval/perplexity.py {nll}: they do not score the same.")
+    rates = {name: tokens / statistics.median(took) for name, took in seconds.items()}
+    best = max(rate for name, rate in rates.items() if name in figures)
+    print(
+        f"{provenance.hardware('cpu')}; torch {torch.__version__}, {model.num_parameters():,} parameters, float32; "
+        f"{tokens:,} tokens of {len(texts)} documents, window {args.window}; both {nll / tokens:.4f} nats a token.\n"
+    )
+    print("| | tokens/s | of lm-eval's best |\n|---|---:|---:|")
+    for name, rate in rates.items():
+        print(f"| {name} | {rate:,.0f} | {rate / best:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
