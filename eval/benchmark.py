@@ -14,7 +14,7 @@ yet choose among letters (OLMES, Gu et al. 2024, arXiv 2406.08446).
 OUTPUT_DIR/benchmark.json (RUN_DIR/report/benchmark.json for a run and its checkpoints) is a list of rows:
     task      its name, or NAME/FIELD=VALUE for the part of it that --by asked for
     metric    lm-eval's name; acc, acc_norm, word_perplexity, ...
-    value, stderr   floats; stderr null where none is known
+    value, stderr   floats; stderr null where none is known, clustered by the field that the task's metadata names
     n         documents scored
     chance    what guessing gives, null for metrics that are no accuracies
     model     as it was named

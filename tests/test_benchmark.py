@@ -1,5 +1,6 @@
 """Claims about eval/benchmark.py and the educational benchmark: real lm-eval, a real model that has read some items."""
 
+import itertools
 import json
 import math
 import random
@@ -209,7 +210,7 @@ def test_random_weights_are_at_chance(scored, run_dir):
     for task in ("educational", "educational_choices_only"):
         for metric in ("acc", "acc_norm"):
             row = only(scored, task=task, metric=metric, model=f"random:{run_dir}")
-            assert abs(row["value"] - row["chance"]) < 3 * row["stderr"]
+            assert abs(row["value"] - row["chance"]) < 3 * math.sqrt(0.25 * 0.75 / row["n"])
 
 
 def test_a_row_holds_its_value_its_error_its_chance_and_where_it_comes_from(scored, run_dir):
@@ -218,9 +219,13 @@ def test_a_row_holds_its_value_its_error_its_chance_and_where_it_comes_from(scor
     assert set(row) == {"task", "metric", "value", "stderr", "n", "chance", "model", "settings", "file", "commit"}
     assert (row["n"], row["chance"]) == (len(ALL), 0.25)
     assert row["value"] == result["results"]["educational"]["acc,none"]
-    assert row["stderr"] == result["results"]["educational"]["acc_stderr,none"]
-    assert row["stderr"] == pytest.approx(math.sqrt(row["value"] * (1 - row["value"]) / (row["n"] - 1)))
+    acc = {name: [] for name in {item["set"] for item in ALL}}
+    for sample in result["samples"]["educational"]:
+        acc[sample["doc"]["set"]].append(sample["acc"])
+    # Of sets of four, each as good as one draw, the error of the mean is that of the mean of the sets' means.
+    assert row["stderr"] == pytest.approx(np.std(list(map(np.mean, acc.values())), ddof=1) / math.sqrt(len(acc)))
     used = {"seed": 0, "window": 256, "dtype": "float32", "limit": None, "kind": "checkpoint", "num_fewshot": 0}
+    used["stderr_clustered_by"] = "set"
     assert used.items() <= row["settings"].items()
     assert only(scored, task="educational", metric="gold_bits_per_byte", model=str(run_dir))["chance"] is None
 
@@ -251,10 +256,13 @@ def test_likelihoods_and_bits_are_those_of_the_model_itself(scored, run_dir):
         size += len(f" {item['options'][item['answer']]}")
     row = only(scored, task="educational", metric="gold_bits_per_byte", model=str(run_dir))
     assert row["value"] == pytest.approx(nats / math.log(2) / size)
+    sets = {}
+    for sample in result["samples"]["educational"]:
+        sets.setdefault(sample["doc"]["set"], []).append(sample["gold_bits_per_byte"])
     resampled = []
-    pairs = [sample["gold_bits_per_byte"] for sample in result["samples"]["educational"]]
     for seed in range(1000):
-        resampled.append(bits_per_byte(random.Random(seed).choices(pairs, k=len(pairs))))
+        drawn = random.Random(seed).choices(list(sets.values()), k=len(sets))
+        resampled.append(bits_per_byte(itertools.chain.from_iterable(drawn)))
     assert row["stderr"] == pytest.approx(np.std(resampled), rel=0.1)
 
 
@@ -313,12 +321,24 @@ def test_local_tasks_groups_and_perplexities_have_chance_n_and_error_too(run_dir
     found = {row["task"]: (row["n"], row["chance"]) for row in rows_of(out, metric="acc")}
     middle = pytest.approx((1 / 2 + 1 / 3) / 2)
     assert found == {"mine": (8, middle), "mine_two": (4, 1 / 2), "mine_three": (4, pytest.approx(1 / 3))}
-    samples = whole(out, task="mine_text", metric="bits_per_byte")["samples"]["mine_text"]
+    result = whole(out, task="mine_text", metric="bits_per_byte")
+    for row in rows_of(out, metric="acc"):  # theirs is known and no cluster asked for: it is kept
+        assert row["stderr"] == result["results"][row["task"]]["acc_stderr,none"]
+    values = [sample["acc"] for sample in result["samples"]["mine_three"]]
+    assert scores.summarize("acc", values)[1] == pytest.approx(result["results"]["mine_three"]["acc_stderr,none"])
+    samples = result["samples"]["mine_text"]
     for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         row = only(out, task="mine_text", metric=metric)
         value, stderr = scores.summarize(metric, [sample[metric] for sample in samples])
         assert row["value"] == pytest.approx(value) and row["stderr"] == stderr > 0
         assert (row["n"], row["chance"]) == (4, None)
+
+
+def test_documents_that_hang_together_count_as_one_draw():
+    values, names = [1, 1, 1, 1, 0, 0, 0, 0], [*"aaaabbbb"]
+    assert scores.summarize("acc", values)[1] == pytest.approx(np.std(values, ddof=1) / math.sqrt(8))
+    assert scores.summarize("acc", values, names)[1] == pytest.approx(np.std([1, 0], ddof=1) / math.sqrt(2))
+    assert scores.summarize("acc", [1, 0] * 4, names)[1] == 0
 
 
 def test_what_lies_within_two_standard_errors_of_chance_is_not_called_better(capsys):
