@@ -75,7 +75,8 @@ def claim(publication: Publication) -> None:
         try:
             persist(card.validate, name)
         except ValueError as error:
-            raise ValueError(f"--license {publication.license}: the Hub does not take it ({error}).") from error
+            reason = f"the Hub does not take it ({_one_line(error)})"
+            raise ValueError(f"--license {publication.license}: {reason}.") from error
     try:
         me = persist(api.whoami, name)
     except LocalTokenNotFoundError:
@@ -86,6 +87,8 @@ def claim(publication: Publication) -> None:
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ValueError(f"--push_to_hub {name}: the access token may only read; make one that may write and {LOGIN}.")
     persist(api.create_repo, name, name, repo_type="dataset", private=not publication.public, exist_ok=True)
+    nothing = CommitOperationAdd("README.md", b" ")  # never sent: asking how to upload it takes the right to write
+    persist(api.preupload_lfs_files, name, name, additions=[nothing], repo_type="dataset")
     there = persist(api.dataset_info, name, name)
     if bool(there.private) == publication.public:
         found, remedy = ("private", "leave --public out") if there.private else ("public", "add --public")

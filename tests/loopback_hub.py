@@ -65,7 +65,8 @@ class LoopbackHub:
 
     def __init__(self):
         self.repos, self.objects, self.faults, self.requests = {}, {}, [], []
-        self.tokens = {"hf_loopback": ("user", "write"), "hf_loopback_read": ("user", "read")}
+        self.tokens = {f"hf_loopback_{role}": ("user", role) for role in ("read", "fineGrained")}  # these may not write
+        self.tokens["hf_loopback"] = ("user", "write")
         self.lock = threading.RLock()
 
     def __enter__(self) -> "LoopbackHub":

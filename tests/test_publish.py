@@ -154,6 +154,11 @@ def test_pushed_again_nothing_is_sent_and_another_set_leaves_no_shard_behind(her
         ("--push_to_hub user/new", None, "there is no access token; set HF_TOKEN or run `hf auth login`."),
         ("--push_to_hub user/new", "hf_wrong", "the Hub does not know the access token (401"),
         ("--push_to_hub user/new", "hf_loopback_read", "the access token may only read; make one that may write"),
+        (
+            "--push_to_hub user/private",
+            "hf_loopback_fineGrained",
+            "has no write right there (403: You have no",
+        ),
         ("--push_to_hub somebody/new", "hf_loopback", "the access token is user's; push to user."),
         ("--push_to_hub user/public", "hf_loopback", "it is there already and public; add --public, or change its"),
         ("--push_to_hub user/private --public", "hf_loopback", "it is there already and private; leave --public out"),
