@@ -105,9 +105,8 @@ def load_tasks(names, include_path=(), fields=(), tasks=SETS):
     for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, 1)
-            raise ValueError(
-                f"task {name}: lm-eval has none of that name." + (f" Did you mean {close[0]}?" if close else "")
-            )
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"task {name}: lm-eval has none of that name.{hint}")
         try:
             for task in manager.load([name])["tasks"].values():
                 known |= set(getattr(task, "features", ()))

@@ -4,8 +4,8 @@
     python eval/contamination.py corpus/*.jsonl.gz notes.txt --output contamination.json
 
 An item counts as seen where its question with its right option shares 13 running words with the text, or, if it has
-fewer, stands there whole; case and punctuation do not count. Source: the 13-grams of GPT-3 (Brown et al. 2020,
-appendix C). A paraphrase or a translation is not found.
+fewer, stands there whole; case and punctuation do not count. The canary that every line of items.jsonl bears is looked
+for too. Source: the 13-grams of GPT-3 (Brown et al. 2020, appendix C). A paraphrase or a translation is not found.
 """
 
 import json
@@ -32,7 +32,7 @@ OVERLAP = 2**10  # tokens decoded again with the next ones: what any item takes,
 OPTIONS = {
     "text_column": {"default": "text"},
     "tokenizer": {"help": "directory or Hub id, for a prepared set that has none"},
-    "output": {"help": "JSON file to write: {id: the words found}"},
+    "output": {"help": "JSON file to write: {id, or canary: the words found}"},
 }
 
 
@@ -42,10 +42,11 @@ def split_words(text):
 
 
 def index_items(items):
-    """Return {first HEAD words: [(words, id)]} of every gram of every item."""
+    """Return {first HEAD words: [(words, id)]} of every gram of every item, and of their canary, of id canary."""
     index = {}
-    for item in items:
-        words = split_words(f"{item['question']} {item['options'][item['answer']]}")
+    canaries = [{"id": "canary", "text": canary} for canary in {item["canary"] for item in items}]
+    for item in [*canaries, *items]:
+        words = split_words(item.get("text") or f"{item['question']} {item['options'][item['answer']]}")
         for start in range(max(1, len(words) - GRAM + 1)):
             gram = words[start : start + GRAM]
             index.setdefault(tuple(gram[:HEAD]), []).append((gram, item["id"]))
@@ -110,9 +111,8 @@ def main(argv=None):
         parser.error(" ".join(str(error).split()))
     for name, words in seen.items():
         print(f"{name}: {words}")
-    print(
-        f"{len(seen)} of {len(items)} items stand in {' '.join(args.data)} ({GRAM} running words, or the whole item)."
-    )
+    found = len(seen.keys() - {"canary"})
+    print(f"{found} of {len(items)} items stand there ({GRAM} running words, or a shorter item whole).")
     if args.output:
         Path(args.output).write_text(json.dumps(seen, indent=2) + "\n", encoding="utf-8")
 

@@ -447,6 +447,10 @@ def test_the_whole_benchmark_finds_itself_and_licence_text_holds_none():
     assert seen_in((ITEMS.parents[2] / "LICENSE").read_text()) == set()
 
 
+def test_the_canary_is_found_though_the_items_are_not():
+    assert seen_in(f"see {ALL[0]['canary']}.") == {"canary"}
+
+
 def test_files_and_prepared_sets_are_read_across_their_rows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(contamination, "DECODED", 50)  # fewer than an item takes
     found = {ALL[3]["id"], ALL[100]["id"], ALL[300]["id"]}
