@@ -19,7 +19,7 @@ _PARTS = {
 
 def size(count):
     """12,345,678 as 12.3M."""
-    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= unit:
             return f"{count / unit:.3g}{letter}"
     return f"{count:,.0f}"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -14,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from smolpretrain import plan as plan_command
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 from smolpretrain.command_line import parse_args
-from smolpretrain.planning import assemble, contradictions, counting, hardware, laws, memory
+from smolpretrain.planning import assemble, contradictions, counting, hardware, laws, memory, start
 from smolpretrain.training.model import BUILT_IN, load_config
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
@@ -397,6 +398,35 @@ def test_a_mistake_is_one_line_and_status_2(words, line, capsys):
         plan_command.main(words)
     said = capsys.readouterr().err
     assert end.value.code == 2 and line in said and said.count("\n") == 1
+
+
+def test_a_budget_outside_the_laws_is_refused(capsys):
+    for flops in ("1e11", "1e28"):
+        with pytest.raises(SystemExit):
+            plan_command.main(["--budget_flops", flops])
+        assert "are outside what the laws were fitted for" in capsys.readouterr().err
+
+
+def test_at_its_start_a_run_says_two_lines_and_an_unknown_architecture_stops_none(tmp_path):
+    values, _ = plan_command.parse(
+        ["model_name=smollm2-1m", "max_steps=10", f"output_dir={tmp_path}", "deepspeed=null"]
+    )
+    config, cpu = counting.load_config("smollm2-1m"), torch.device("cpu")
+    said, plan = start.plan(config, values, cpu, ranks=2)
+    assert said[0].startswith("plan: 1.26M parameters, 32,768 tokens a step x 10 steps = 328K tokens")
+    assert "GiB a device (fits)" in said[1] and "of the peak of 2 x cpu" in said[1]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert plan["memory"]["device_bytes"] == total / 2  # the ranks of a machine share it
+    said, plan = start.plan(CONFIG_MAPPING["bloom"]().to_dict(), values, cpu, ranks=1)
+    assert plan is None and said[0].startswith("plan: none: model_type = bloom is not counted")
+
+
+def test_what_a_recorder_needs_for_mfu_is_none_where_it_is_not_known():
+    cpu = torch.device("cpu")
+    terms = start.utilization_terms(counting.load_config("smollm2-135m"), 2048, cpu)
+    assert terms["flops_per_token"] == counting.flops(counting.load_config("smollm2-135m"), 2048).model
+    assert terms["peak_flops"] > 1e9 and terms["device"] == "cpu"
+    assert start.utilization_terms({"model_type": "bloom"}, 2048, cpu)["flops_per_token"] is None
 
 
 def test_the_fields_are_those_of_the_run_with_its_defaults():

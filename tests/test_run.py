@@ -108,7 +108,8 @@ def test_the_output_stands_alone_and_loads_as_the_hub_loads_it(readme_run, tmp_p
 
 def test_run_json_has_what_others_rely_on(readme_run):
     run = json.loads((readme_run[0] / "run.json").read_text())
-    assert {"arguments", "versions", "git_commit", "parameters", "data", "result"} <= set(run)
+    assert {"arguments", "versions", "git_commit", "parameters", "data", "plan", "result"} <= set(run)
+    assert run["plan"]["model"]["total"] == run["parameters"] and run["plan"]["memory"]["fits"]
     assert {"documents", "tokens", "blocks", "fingerprint"} <= set(run["data"])
     assert run["arguments"]["optim"] == "adamw_bnb_8bit" and run["arguments"]["deepspeed"] == "ds_configs/zero2.json"
     assert run["versions"]["torch"].startswith(torch.__version__.split("+")[0])
