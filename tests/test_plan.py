@@ -121,7 +121,9 @@ def test_a_gpu_is_known_by_cuda_s_name_and_a_sister_card_is_not_taken_for_it():
 
 
 # Sizes that no rank count divides, and an untied head; each case is trained two steps by run_pretrain.py itself.
-ODD = {"intermediate_size": 353, "vocab_size": 4099, "tie_word_embeddings": False}
+ODD = {"intermediate_size": 353, "vocab_size": 4099, "tie_word_embeddings": False} | {
+    "num_attention_heads": 8,  # keys of 16 x 128 are too small for 8-bit state
+}
 CASES = [
     (None, "adamw_bnb_8bit"), (1, "adamw_torch"), (2, "adamw_bnb_8bit"), (2, "adamw_torch"), (3, "adamw_bnb_8bit"),
 ]  # fmt: skip
@@ -176,7 +178,7 @@ def test_states_are_deepspeed_s_own_estimate_where_its_assumptions_agree(name, r
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_a_real_forward_saves(autocast, attention, packed, checkpointing):
     config = small("llama", attn_implementation=attention, tie_word_embeddings=True)
-    rows, block = 2, 192
+    rows, block = 2, 320
     model = AutoModelForCausalLM.from_config(config).train()
     if not autocast:
         model.to(torch.bfloat16)
@@ -199,7 +201,7 @@ def test_activations_are_what_a_real_forward_saves(autocast, attention, packed, 
     )  # fmt: skip
     real = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     cast = memory._cast_weights(setup) if checkpointing else 0  # autocast's own, which no backward asks for
-    assert memory.activations(setup) - cast == pytest.approx(real, rel=0.04)
+    assert memory.activations(setup) - cast == pytest.approx(real, rel=0.02)
     del kept
 
 
@@ -262,6 +264,10 @@ def test_a_contradiction_is_said_in_one_line_with_its_numbers(words, sentence):
     assert [line for line in plan["contradictions"] if sentence in line], plan["contradictions"]
     calm = planned("gpu=L4", "max_steps=50000", "per_device_train_batch_size=32", "save_steps=1000")
     assert calm["contradictions"] == []
+    tiny = planned("gpu=L4", "model_name=smollm2-1m", "block_size=512", "max_steps=100", "learning_rate=0.1")
+    assert not [
+        line for line in tiny["contradictions"] if "learning_rate" in line
+    ]  # below what the laws were fitted to
 
 
 @pytest.mark.parametrize(("steps", "sentence"), [(10, "sees 50.00% of the prepared set"), (100, "5.0 times: beyond 4")])
