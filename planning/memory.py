@@ -129,6 +129,13 @@ def states(setup):
     }
 
 
+def gathered(setup):
+    """Whole weights that ZeRO-3 holds while it computes: a layer's, the next one's, and the embedding or the head."""
+    counted, element = counting.count(setup.config), 2 if setup.bf16 else 4
+    layer = counted.non_embedding // setup.config["num_hidden_layers"]
+    return element * (2 * layer + counted.parts["embedding"]) if setup.ranks > 1 else 0
+
+
 def step_copies(setup):
     """Bytes that the optimizer's step on a CPU holds for a moment: of the largest tensor, or ZeRO's largest share."""
     if setup.cuda or OPTIMIZERS[setup.optim][1] == 32:
@@ -248,6 +255,8 @@ def peak(setup):
         },
     }
     name = max(moments, key=lambda moment: sum(moments[moment].values()))
+    if setup.stage == 3:
+        parts["gathered"] = gathered(setup)
     if not setup.cuda:
         parts["runtime"] = RUNTIME
     return {part: size for part, size in (parts | moments[name]).items() if size} | {"moment": name}

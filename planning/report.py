@@ -13,6 +13,7 @@ _PARTS = {
     "activations": "activations",
     "loss": "logits and loss",
     "step": "the step's copies",
+    "gathered": "weights gathered",
     "runtime": "libraries and data",
 }
 
