@@ -176,7 +176,7 @@ def run(args):
     command.check_device(args.device)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager, names = load_tasks(args.tasks, args.include_path, args.by)
-    candidate = Candidate(re.sub("^random:", "random_init:", args.model))
+    candidate = Candidate(args.model)
     candidate.name += f"@{args.revision}" if args.revision else ""
     tokenizer, window = check(candidate, args)
     model = candidate.load(args.dtype, args.device, args.seed)
