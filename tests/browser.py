@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
@@ -18,6 +19,8 @@ FLAGS = (
 @contextlib.contextmanager
 def opened(path, width=1280, height=900):
     """The page of an HTML file, with .requests (all but the file itself) and .errors (of console and scripts)."""
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"no {CHROMIUM}: apt-get install chromium, as .ci/run does")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         page = browser.new_page(viewport={"width": width, "height": height})

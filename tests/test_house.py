@@ -91,6 +91,7 @@ def test_a_wheel_holds_one_top_level_name_and_its_data_files(tmp_path):
         "ds_configs/zero2.json",
         "data/packing.py",
         "eval/perplexity.py",
+        "eval/prompts.txt",
     }
     shipped |= {f"eval/educational/{name}" for name in ("items.jsonl", "educational.yaml", "README.md")}
     assert {f"smolpretrain/{name}" for name in shipped} <= set(names)
