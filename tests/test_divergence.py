@@ -56,21 +56,29 @@ class Fault(TrainerCallback):
         self.seen.append(all(torch.equal(a, b) for a, b in zip(self.before, snapshot(self.trainer), strict=True)))
 
 
+class Noting(PretrainTrainer):
+    """Keeps the ids of the micro-batch that it trains on."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.given = inputs["input_ids"]
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
 def snapshot(trainer):
     optimizer = trainer.optimizer.optimizer
     moments = [v for entry in optimizer.state.values() for v in entry.values() if torch.is_tensor(v)]
     return [t.detach().clone() for t in (*trainer.model.parameters(), *moments)]
 
 
-def train(output_dir, what, at, by=math.nan, resume_from=None, fault_class=Fault, **arguments):
+def train(output_dir, what, at, by=math.nan, resume_from=None, fault_class=Fault, sizes=TINY, **arguments):
     """A real Trainer on random rows with one fault; returns it, what was told, and the fault."""
     known = {"output_dir": str(output_dir), "deepspeed": None, "optim": "adamw_torch_fused", "bf16": False,
              "per_device_train_batch_size": 2, "save_steps": 2, "max_steps": 10, "eval_strategy": "no",
              "warmup_steps": 0, "logging_steps": 1, "disable_tqdm": True, "learning_rate": 1e-2}  # fmt: skip
     args = PretrainArguments(**known | arguments)
     ids = np.random.default_rng(0).integers(1, TINY["vocab_size"], (48, BLOCK))
-    trainer = PretrainTrainer(
-        model=model.random_model(LlamaConfig(**TINY), 0, "sdpa"),
+    trainer = Noting(
+        model=model.random_model(LlamaConfig(**sizes), 0, "sdpa"),
         args=args,
         train_dataset=[{"input_ids": row} for row in ids],
         data_collator=PackedCollator(0, True),
@@ -121,8 +129,28 @@ def test_steps_that_are_bad_now_and_then_do_not_end_the_run(tmp_path):
 
 
 def test_a_save_that_falls_on_a_bad_step_waits_for_the_next_good_one(tmp_path):
-    train(tmp_path, "loss", {4, 5}, max_steps=8, save_total_limit=9)
-    assert saved(tmp_path) == [2, 6, 8]
+    train(tmp_path, "loss", {4}, max_steps=8, save_total_limit=9)
+    assert saved(tmp_path) == [2, 5, 6, 8]
+
+
+def test_the_rows_are_found_again_in_every_epoch_and_where_its_last_step_is_short(tmp_path):
+    class Seen(Fault):
+        def after_forward(self, network, args, outputs):
+            self.inputs.append(self.trainer.given)
+            super().after_forward(network, args, outputs)
+
+        inputs = []
+
+    trainer, told, fault = train(tmp_path, "loss", {3, 5, 9, 15}, gradient_accumulation_steps=5, max_steps=16,
+                                 save_strategy="no", fault_class=Seen)  # fmt: skip
+    an_epoch = [5, 5, 5, 5, 4]  # 24 micro-batches of 2
+    for step, _, row in told:
+        before = sum(an_epoch) * ((step - 1) // 5) + sum(an_epoch[: (step - 1) % 5])
+        assert len(row["where"]) == an_epoch[(step - 1) % 5]
+        for place in row["where"]:
+            given = fault.inputs[before + place["micro_batch"]]
+            assert given.tolist() == [trainer.train_dataset[number]["input_ids"].tolist() for number in place["rows"]]
+    assert [step for step, *_ in told] == [3, 5, 9, 15]
 
 
 @pytest.mark.parametrize("save", ["steps", "no"])
