@@ -7,9 +7,11 @@ import contextlib
 import os
 import re
 import sys
+import tempfile
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 from transformers import TrainerCallback
@@ -68,6 +70,9 @@ def one_error(rank, world_size, where, asked_to_stop):
         where: Callable; the place of the story, as "at step 7".
         asked_to_stop: Callable; a rank that was, and then loses another, is no failure of its own.
     """
+    if rank == 0 and world_size > 1:
+        with contextlib.suppress(OSError):
+            _told().unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
@@ -109,10 +114,18 @@ def _silent_ranks(rank, world_size):
         return "rank 0"  # the store was its own and has ended with it
 
 
+def _told():
+    return Path(tempfile.gettempdir(), f"smolpretrain-told-{os.getppid()}")  # the ranks of a machine share a parent
+
+
 def _is_first(rank, lost):
-    """Whether no other rank has told an error yet."""
+    """Whether no other rank has told an error yet; a file says so where the store has ended with the first rank."""
     try:
         _store().set_timeout(timedelta(seconds=STORE_SECONDS))
-        return _store().compare_set("failed", "", str(rank)).decode() == str(rank)
+        first = _store().compare_set("failed", "", str(rank)).decode() == str(rank)
     except (dist.DistError, RuntimeError):
-        return not lost or rank == 1
+        first = (not lost or rank == 1) and not _told().exists()
+    if first:
+        with contextlib.suppress(OSError):
+            _told().touch()
+    return first

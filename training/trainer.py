@@ -183,9 +183,9 @@ class PretrainTrainer(Trainer):
         directory = Path(args.output_dir, f"checkpoint-{self.state.global_step}")
         try:
             self._write_checkpoint(directory, model, trial)
-        except Exception as error:
-            if space.explain(error, args.output_dir, self.checkpoint_bytes):
-                shutil.rmtree(directory, ignore_errors=True)
+        except Exception:
+            if not (directory / checkpoints.MANIFEST).exists():
+                shutil.rmtree(directory, ignore_errors=True)  # a part of a checkpoint is of no use, and takes room
             raise
         if args.process_index == 0:
             for sentence in checkpoints.rotate(args.output_dir, args.save_total_limit, args.keep_every_steps):
