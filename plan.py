@@ -145,7 +145,10 @@ def advise(flags, words):
 
 def main(argv=None):
     """Print the plan, the audit or the advice; exit status 2 and one line for what the user can mend."""
-    parser = ArgumentParser(prog="plan.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    keys = "\n".join(f"  {each.name}={each.default}: {each.metadata['help']}" for each in fields(PlanArguments))
+    epilog = f"keys beside those of run_pretrain.py:\n{keys}"
+    form = RawDescriptionHelpFormatter
+    parser = ArgumentParser(prog="plan.py", description=__doc__, epilog=epilog, formatter_class=form)
     parser.add_argument("words", nargs="*", metavar="args.json key=value", help=SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--claims", metavar="CLAIMS.json", help="hold a report's claims against arithmetic")
