@@ -286,12 +286,15 @@ def story(argv):
         arguments = parse_args([word for word in argv if word != "debug=true"], ARGUMENTS)
         model_args, data_args, args = arguments
         space.check_writable(args.output_dir)
+        ranks.bound_waiting(args.ddp_timeout)
         if RANK == 0 and (sentence := lock.take(args.output_dir)):
             say(sentence)
         share = args.stream_share() if data_args.trains_from_stream else None
         config = model.load_config(model_args.model_name, model_args.config_overrides)
         model.choose_attention(model_args.attn_implementation, args.device, config)
         generation.read_prompts(args.sample_prompts)
+        if RANK == 0 and model_args.init_from:
+            model.weight_files(model_args.init_from)
         tokenizer, prepared_dir = prepare_data(model_args, data_args, args, config)
         sets = load_sets(data_args, args, tokenizer, prepared_dir, share)
         checkpoint_bytes = space.check_start(args, config, len(sets[0]), say)

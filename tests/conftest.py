@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,13 @@ def hub():
         yield running
 
 
+def free_port():
+    """For --master_port: DeepSpeed's 29500 may be a training's that runs beside the tests."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 @pytest.fixture(scope="session")
 def launch():
     """Run a command of the project as a user does; returns its CompletedProcess, output in text."""
@@ -53,6 +61,8 @@ def launch():
         inherited = {
             k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
         }
+        if command[0] == "deepspeed":
+            command = ("deepspeed", "--master_port", free_port(), *command[1:])
         done = subprocess.run(
             [str(BIN / command[0]) if (BIN / command[0]).exists() else command[0], *map(str, command[1:])],
             cwd=cwd,

@@ -156,6 +156,8 @@ def test_a_token_in_an_argument_is_refused_and_not_repeated(args_json):
         (["save_total_limit=1"], "save_total_limit must be at least 2, got 1"),
         (["resume_from_checkpoint=x/checkpoint-1"], "write resume=x/checkpoint-1"),
         (["save_only_model=true"], "save_only_model must be false"),
+        (["allow_changes=optim"], "allow_changes = 'optim' is not one of learning_rate, lr_scheduler_type,"),
+        (["spot_notice_url=169.254.169.254"], "spot_notice_url = 169.254.169.254 must be aws or begin with http://"),
         (["enable_jit_checkpoint=true"], "enable_jit_checkpoint must be false"),
         (["average_tokens_across_devices=false"], "average_tokens_across_devices must be true"),
     ],

@@ -384,6 +384,12 @@ def test_init_from_takes_the_weights_and_names_the_first_tensor_that_does_not_fi
     deeper = model.load_config("smollm2-1m", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64})
     with pytest.raises(ValueError, match=r"there is no model.layers.1\."):
         model.model_from(str(directory), deeper, "sdpa")
+    checkpoints.commit(directory, 0, 1, step=1)
+    weights = bytearray((directory / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (directory / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged: it is not what its manifest.json says"):
+        model.model_from(str(directory), config, "sdpa")
     torch.save(network.state_dict(), directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"is not a directory with .safetensors files"):
@@ -408,6 +414,13 @@ def test_a_worker_ignores_the_signals_and_the_rank_does_not():
     rows = torch.utils.data.DataLoader(range(4), num_workers=1, collate_fn=guards.DeafInWorkers(handler_of_sigterm))
     assert set(rows) == {str(signal.SIG_IGN)}
     assert guards.DeafInWorkers(handler_of_sigterm)([]) != str(signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("words", [[], ["run_pretrain.py", "args.json"]])
+def test_our_launcher_without_a_launcher_says_how_it_is_called(words):
+    done = subprocess.run([sys.executable, "launch.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == ("usage: launch.py deepspeed|torchrun|accelerate [its own words] run_pretrain.py args.json\n")
 
 
 def handler_of_sigterm(rows):

@@ -18,7 +18,7 @@ from collections import Counter
 import psutil
 import pytest
 import torch
-from conftest import BIN, ROOT
+from conftest import BIN, ROOT, free_port
 from safetensors.torch import load_file
 from test_checkpoints import metadata  # noqa: F401, a fixture
 
@@ -96,8 +96,9 @@ def ranks(where):
 
 def launch(output_dir, words, log, *before, script=("run_pretrain.py",)):
     """`deepspeed` as a user calls it, `before` before it, in a session of its own."""
+    command = [*before, str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", free_port(), *script]
     return subprocess.Popen(
-        [*before, str(BIN / "deepspeed"), "--num_gpus", "2", *script, *words, f"output_dir={output_dir}"],
+        [*command, *words, f"output_dir={output_dir}"],
         cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -225,7 +226,8 @@ def test_signals_at_every_point_stop_all_ranks_and_the_run_ends_bit_identical(le
         if point not in ("prepare", "end"):
             steps.append(assert_stopped_whole(output_dir, text))
     assert ranks.times_fired() - before == 6
-    assert steps == sorted(set(steps)) and steps[2] % 4 == 0  # stopped in the evaluation after a fourth step
+    assert steps == sorted(set(steps))
+    assert steps[2] % 4 == 0 and steps[3] % SAVE == 0  # in the evaluation, and after the save, not a step later
     assert ranks.run(output_dir, words)[0] == [0, 0]
     assert_equal_runs(left_alone, output_dir)  # so the held-out loss that was cut short was made up
 
@@ -419,7 +421,7 @@ def test_ddp_on_fewer_ranks_keeps_the_global_batch_row_by_row(words, where, rank
         (where / name).mkdir()
     statuses, text = ranks.run(alone, plain, rows=str(where / "rows-alone"))
     assert statuses == [0, 0], text[-2000:]
-    stop = {"point": "substep", "at": 8, "do": "SIGTERM"}
+    stop = {"point": "substep", "at": 6, "do": "SIGTERM"}  # in the middle of an epoch
     assert ranks.run(moved, plain, stop, rows=str(where / "rows-moved"))[0] == [75, 75]
     statuses, text = ranks.run(moved, plain, world=1, rows=str(where / "rows-moved"))
     assert statuses == [0], text[-2000:]

@@ -57,7 +57,7 @@ class StopTogether(TrainerCallback):
 
     Attributes:
         heard: What asked this rank to stop, or None.
-        stopped: Training was ended before its last step.
+        stopped: All ranks agreed to stop, at the last step at the latest.
     """
 
     def __init__(self, output_dir, above=()):
@@ -85,7 +85,7 @@ class StopTogether(TrainerCallback):
         wish = torch.tensor(self._wish(state.is_world_process_zero), device=args.device)
         if dist.is_initialized():
             dist.all_reduce(wish, op=dist.ReduceOp.MAX)
-        if wish.item() == _STOP and state.global_step < state.max_steps:
+        if wish.item() == _STOP:
             self.stopped = control.should_training_stop = True
         return wish.item()
 
@@ -101,7 +101,12 @@ class StopTogether(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """What was heard while saving needs no step more."""
-        if not control.should_training_stop:
+        if not self.stopped:
+            self._agree(args, state, control)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """The last word: from here on a signal ends each rank at once."""
+        if not self.stopped:
             self._agree(args, state, control)
 
 

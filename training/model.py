@@ -1,4 +1,4 @@
-"""The model: an architecture by name, always from random weights."""
+"""The model: an architecture by name, from random weights or those of a checkpoint."""
 
 import json
 import math
@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, set_seed
+
+from . import checkpoints
 
 _TABLE = json.loads((Path(__file__).resolve().parent.parent / "architectures.json").read_text(encoding="utf-8"))
 BUILT_IN = {name: _TABLE["shared"] | own for name, own in _TABLE["models"].items()}  # plan.py reads the same file
@@ -186,17 +188,30 @@ def check_masking(network):
         )
 
 
+def weight_files(path):
+    """The .safetensors files of a directory, held against its manifest where it has one.
+
+    Raises:
+        ValueError: There are none, or one is damaged.
+    """
+    files = sorted(Path(path).expanduser().glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"init_from = {path} is not a directory with .safetensors files.")
+    manifest = checkpoints.read_manifest(Path(path).expanduser())
+    for file in files:
+        if manifest and checkpoints.describe(file) != manifest["files"].get(file.name):
+            raise ValueError(f"init_from = {path}: {file.name} is damaged: it is not what its manifest.json says.")
+    return files
+
+
 def model_from(path, config, attn_implementation):
     """The model with the weights of a checkpoint or model directory, in float32; nothing is unpickled.
 
     Raises:
         ValueError: There are none, or the first tensor that is missing or has another shape.
     """
-    files = sorted(Path(path).expanduser().glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"init_from = {path} is not a directory with .safetensors files.")
     found = {}
-    for file in files:
+    for file in weight_files(path):
         with safe_open(file, "pt") as tensors:
             found |= {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     with torch.device("meta"):

@@ -46,17 +46,22 @@ def wait_for_first(world_size, done):
         raise ValueError("the first rank has ended") from None
 
 
-class Patience(TrainerCallback):
-    """Every process group waits for a rank as long as ddp_timeout says, and no longer.
+def bound_waiting(seconds):
+    """Every process group there is waits for a rank so long, and no longer.
 
-    On a CPU Trainer does not pass it on (transformers 5.23), and DeepSpeed makes groups of its own with torch's
-    default: a hanging rank then kept the others for half an hour.
+    On a CPU Trainer does not pass ddp_timeout on (transformers 5.23), and DeepSpeed makes groups of its own with
+    torch's default: a hanging rank then kept the others for half an hour.
     """
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+class Patience(TrainerCallback):
+    """Bounds the waiting in the groups that were made for training, too."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if dist.is_initialized():
-            for group in list(dist.distributed_c10d._world.pg_map):
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=args.ddp_timeout), group)
+        bound_waiting(args.ddp_timeout)
 
 
 @contextlib.contextmanager

@@ -164,8 +164,9 @@ class PretrainTrainer(Trainer):
             raise full from error
 
     def _run_epoch(self, **kwargs):
-        """Train no step more where the checkpoint already stood at the last one."""
-        if self.state.global_step >= self.state.max_steps:
+        """Train no step more where the checkpoint already stood at the last one, or a stop cut short what it owed."""
+        at = self.state.global_step
+        if at >= self.state.max_steps or (at and self.control.should_training_stop):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(**kwargs)
