@@ -37,13 +37,16 @@ def where(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def words(corpus_file, where):
+def words(where):
+    """43 rows to train on, so that neither ranks nor micro-batches fill an epoch, and 24 held out."""
+    chosen, vocabulary = random.Random(8), (ROOT / "LICENSE").read_text().split()
     small = where / "small.jsonl"
-    small.write_text("".join(corpus_file.read_text().splitlines(keepends=True)[:18]))
+    texts = (" ".join(chosen.choices(vocabulary, k=chosen.choice([20, 80, 200]))) for _ in range(24))
+    small.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     overrides = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
     return [
         "model_name=smollm2-1m", "tokenizer_name=train", f"config_overrides={json.dumps(overrides)}", "block_size=64",
-        f"data_files={small}", "validation_fraction=0.1", "eval_steps=4", "sample_steps=0", "logging_steps=1",
+        f"data_files={small}", "validation_fraction=0.15", "eval_steps=4", "sample_steps=0", "logging_steps=1",
         "per_device_train_batch_size=2", "gradient_accumulation_steps=2", f"max_steps={STEPS}", f"save_steps={SAVE}",
         "save_total_limit=2", f"warmup_steps={WARMUP}", f"learning_rate={RATE}", "disable_tqdm=true",
         "per_device_eval_batch_size=2",
@@ -230,6 +233,7 @@ def test_signals_at_every_point_stop_all_ranks_and_the_run_ends_bit_identical(le
     assert steps[2] % 4 == 0 and steps[3] % SAVE == 0  # in the evaluation, and after the save, not a step later
     assert ranks.run(output_dir, words)[0] == [0, 0]
     assert_equal_runs(left_alone, output_dir)  # so the held-out loss that was cut short was made up
+    assert len(metrics(output_dir, "eval_loss")) >= STEPS // 4
 
 
 def processes_of(session):
@@ -421,7 +425,7 @@ def test_ddp_on_fewer_ranks_keeps_the_global_batch_row_by_row(words, where, rank
         (where / name).mkdir()
     statuses, text = ranks.run(alone, plain, rows=str(where / "rows-alone"))
     assert statuses == [0, 0], text[-2000:]
-    stop = {"point": "substep", "at": 6, "do": "SIGTERM"}  # in the middle of an epoch
+    stop = {"point": "substep", "at": 5, "do": "SIGTERM"}  # in the middle of an epoch
     assert ranks.run(moved, plain, stop, rows=str(where / "rows-moved"))[0] == [75, 75]
     statuses, text = ranks.run(moved, plain, world=1, rows=str(where / "rows-moved"))
     assert statuses == [0], text[-2000:]
