@@ -14,7 +14,9 @@ run_pretrain.py calls it at the end of a run.
 import argparse
 import csv
 import json
+import math
 import statistics
+from itertools import zip_longest
 from pathlib import Path
 
 if __package__:
@@ -109,7 +111,8 @@ def curves(directory, trained, held_out):
     ranked = [row for row in trained if row.get("peak_memory_gib_by_rank")]
     if ranked:
         tokens = [row["tokens_seen"] for row in ranked]
-        by_rank = zip(*(row["peak_memory_gib_by_rank"] for row in ranked), strict=True)
+        # A run can go on with other ranks: one that is not there leaves a gap.
+        by_rank = zip_longest(*(row["peak_memory_gib_by_rank"] for row in ranked), fillvalue=math.nan)
         lines = {f"rank {rank}": (tokens, values) for rank, values in enumerate(by_rank)}
         plots.plot_lines(directory / "memory.png", [("peak memory (GiB)", lines)])
         most = max(row["peak_memory_gib"] for row in ranked)
