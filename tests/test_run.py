@@ -228,12 +228,15 @@ def test_a_local_directory_is_a_model_and_its_weights_are_not_taken(trajectories
 @pytest.mark.parametrize("config", ["zero1", "zero2_offload", "zero3"])
 def test_every_shipped_deepspeed_config_trains_and_exports_on_two_ranks(launch, corpus_file, tmp_path, config):
     output_dir = tmp_path / config
+    (tmp_path / "prompts.txt").write_text("Of the\n")
     done = launch("deepspeed", "--num_gpus", "2", "run_pretrain.py", *TINY, f"data_files={corpus_file}",
                   f"output_dir={output_dir}", f"deepspeed=ds_configs/{config}.json", "max_steps=6",
                   "per_device_train_batch_size=2", "eval_strategy=steps", "eval_steps=6", "sample_steps=6",
-                  "activation_checkpointing=true", OMP_NUM_THREADS="1")  # fmt: skip
+                  "activation_checkpointing=true", f"sample_prompts={tmp_path / 'prompts.txt'}",
+                  OMP_NUM_THREADS="1")  # fmt: skip
     losses = metrics(output_dir)
     assert losses[6] < losses[1]
+    assert json.loads((output_dir / "samples.jsonl").read_text())["prompt"] == "Of the"
     weights = load_file(output_dir / "model.safetensors")
     assert "lm_head.weight" not in weights and weights["model.norm.weight"].dtype == torch.bfloat16
     result = json.loads((output_dir / "run.json").read_text())["result"]
@@ -288,6 +291,7 @@ def test_a_mistake_that_only_the_first_rank_meets_ends_both_ranks(launch, corpus
         (["data_files={corpus}", "block_size=4096"], "more than the model's 512 positions"),
         (["model_name=smollm3"], "model_name = smollm3 is not a directory"),
         (["attn_implementation=flash_attention_2"], "flash_attention_2 cannot be had"),
+        (["sample_prompts=none.txt"], "prompts none.txt: "),
     ],
 )
 def test_every_mistake_ends_before_a_model_is_built(trajectories, corpus_file, tmp_path, capsys, words, reason):
