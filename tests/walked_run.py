@@ -90,8 +90,8 @@ class Walk(TrainerCallback):
 def main():
     make_trainer = run_pretrain.make_trainer
 
-    def walked(*args):
-        trainer, log = make_trainer(*args)
+    def walked(*args, **kwargs):
+        trainer, log = make_trainer(*args, **kwargs)
         trainer.add_callback(Walk(trainer))
         return trainer, log
 
