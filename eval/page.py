@@ -29,7 +29,8 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem; }
 th, td { padding: .4rem .6rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line);
   overflow-wrap: normal; }
 tr:first-child > * { border-top: 0; }
-th { background: var(--wash); } .number { text-align: right; font-variant-numeric: tabular-nums; }
+th { background: var(--wash); overflow-wrap: anywhere; min-width: 4.5rem; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; } td.number small { display: block; color: var(--soft); }
 td.long { min-width: 11rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }

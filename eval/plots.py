@@ -3,6 +3,7 @@
 Five inches wide: on a phone's page, 360 pixels, letters of 10 points are still 10 pixels high.
 """
 
+import textwrap
 from contextlib import contextmanager
 
 import matplotlib
@@ -31,6 +32,11 @@ def drawing(path, panels=1, heights=(1,), height=3.2):
             plt.close(figure)
 
 
+def _wrapped(label):
+    """A label in lines of 18 letters, so that it leaves room for what it names."""
+    return "\n".join(textwrap.wrap(label, 18))
+
+
 def plot_intervals(path, title, unit, rows):
     """A dot a model with its interval; rows: (label, value, low or None, high or None), best on top."""
     with drawing(path, height=1.1 + 0.42 * len(rows)) as (axis,):
@@ -40,7 +46,7 @@ def plot_intervals(path, title, unit, rows):
             if low is not None:
                 axis.plot([low, high], [place, place], color=colour, lw=2, alpha=0.6)
             axis.annotate(f"{value:.3g}", (value, place), (0, 7), textcoords="offset points", ha="center", fontsize=9)
-        axis.set_yticks(range(len(rows)), [label for label, *_ in reversed(rows)])
+        axis.set_yticks(range(len(rows)), [_wrapped(label) for label, *_ in reversed(rows)])
         axis.set_ylim(-0.6, len(rows) - 0.2)
         axis.margins(x=0.12)
         axis.set_xlabel(unit)
@@ -55,7 +61,7 @@ def plot_bars(path, title, unit, rows, log=True):
             places = np.arange(len(labels))[::-1] - 0.38 * number + 0.19
             bars = axis.barh(places, [value for _, value in values], 0.36, color=COLOURS[number], label=name)
             axis.bar_label(bars, fmt="{:,.0f}" if log else "{:.2f}", padding=3, fontsize=9)
-        axis.set_yticks(np.arange(len(labels))[::-1], labels)
+        axis.set_yticks(np.arange(len(labels))[::-1], map(_wrapped, labels))
         if log:
             axis.set_xscale("log")
         axis.margins(x=0.25)
