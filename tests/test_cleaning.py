@@ -107,6 +107,13 @@ def test_documents_that_share_13_words_with_an_evaluation_text_are_left_out_and_
     assert manifest.options["decontaminate"][0]["name"] == "evaluation.jsonl"
 
 
+def test_evaluation_texts_too_short_to_be_found_are_refused(tmp_path):
+    files = evaluation(tmp_path, "too short", " ".join(QUESTION.split()[:12]))
+    with pytest.raises(ValueError, match=r"decontaminate: none of the texts in .*evaluation\.jsonl has 13 words"):
+        clean(tmp_path / "set", TEXTS, decontaminate=files)
+    assert Decontaminator(evaluation(tmp_path, QUESTION, "too short")).too_short == 1
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_contamination_is_what_a_walk_over_the_words_finds(tmp_path_factory, data):
