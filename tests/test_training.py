@@ -368,12 +368,16 @@ def test_the_first_loss_is_held_against_ln_vocabulary(tmp_path, capsys, first, v
     assert verdict in capsys.readouterr().out and verdict in (tmp_path / "training_log.md").read_text()
 
 
-def test_a_resumed_run_writes_later_metrics_and_samples_again(tmp_path):
+@pytest.mark.parametrize("evaluated_again", [False, True])
+def test_a_resumed_run_writes_later_metrics_and_samples_again(tmp_path, evaluated_again):
     for name in ("metrics.jsonl", "samples.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps({"step": step}) + "\n" for step in (2, 4, 6)))
-    record.Record(tmp_path, None, torch.device("cpu"))._keep_until(4)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        assert [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()] == [2, 4]
+    with open(tmp_path / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 4, "eval_loss": 3.0}\n{"step": 4, "lo')  # the last line was cut short by a kill
+    record.Record(tmp_path, None, torch.device("cpu"))._keep_until(4, evaluated_again)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 2}, {"step": 4}, *([] if evaluated_again else [{"step": 4, "eval_loss": 3.0}])]
+    assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [2, 4]
 
 
 def test_a_log_line_is_of_the_steps_since_the_last_and_mfu_is_absent_where_a_peak_is_unknown(tmp_path):
