@@ -78,9 +78,12 @@ def launch():
 
 
 @pytest.fixture(scope="session")
-def small_words(corpus_file, tmp_path_factory):
-    small = tmp_path_factory.mktemp("poisoned") / "small.jsonl"
-    small.write_text("".join(corpus_file.read_text().splitlines(keepends=True)[:18]))
+def small_words(tmp_path_factory):
+    """Words of a small run: 60 rows, so that the last of an epoch's 8 steps on two ranks has one micro-batch."""
+    small, draw = tmp_path_factory.mktemp("poisoned") / "small.jsonl", random.Random(0)
+    words = (ROOT / "LICENSE").read_text().split()
+    texts = [" ".join(draw.choices(words, k=draw.choice([5, 20, 40, 80]))) for _ in range(40)]
+    small.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     overrides = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
     return [
         "model_name=smollm2-1m", "tokenizer_name=train", f"config_overrides={json.dumps(overrides)}", "block_size=64",
@@ -108,5 +111,5 @@ def poison(launch, small_words, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def skipping(poison):
-    """Row 5 makes its micro-batch's loss NaN, row 9, from step 41 on, ten times itself; both are skipped."""
+    """Row 5 makes its micro-batch's loss NaN, row 9, from step 46 on, ten times itself; both are skipped."""
     return poison({"nan_row": 5, "spike_row": 9}, "on_spike=skip", "max_bad_steps=9", **SECRETS)

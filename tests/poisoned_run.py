@@ -44,7 +44,7 @@ class Witness(TrainerCallback):
         next(trainer.model.parameters()).register_hook(self.on_gradient)
 
     def ill(self, what):
-        return FAULT["rank"] == run_pretrain.RANK and self.trainer.state.global_step + 1 >= FAULT[what]
+        return FAULT["rank"] in (None, run_pretrain.RANK) and self.trainer.state.global_step + 1 >= FAULT[what]
 
     def after_forward(self, model, args, kwargs, outputs):
         if not torch.is_grad_enabled():
@@ -53,7 +53,7 @@ class Witness(TrainerCallback):
         self.seen.append(rows)
         if FAULT["nan_row"] in rows or self.ill("nan_from"):
             outputs.loss = outputs.loss * math.nan
-        if FAULT["spike_row"] in rows and self.trainer.state.global_step >= 40:
+        if FAULT["spike_row"] in rows and self.trainer.state.global_step >= 45:
             outputs.loss = outputs.loss * 10
 
     def on_gradient(self, gradient):

@@ -140,7 +140,7 @@ def test_an_error_that_is_not_about_space_stays_what_it_is(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1, None])
 def test_two_ranks_whose_disk_fills_up_in_a_save_end_with_status_5_one_line_and_the_checkpoint_before(poison, rank):
     """The shards of `rank` do not fit any more (a limit of the size of files), those of the other do."""
-    output_dir, seen, done = poison({"limit_from": 6, "limit": 300_000, "rank": rank}, "save_steps=5", expect=5)
+    output_dir, seen, done = poison({"limit_from": 7, "limit": 300_000, "rank": rank}, "save_steps=5", expect=5)
     assert [len(part) for part in seen] == [10, 10]
     assert saved(output_dir) == [5] and not (output_dir / "checkpoint-10").exists()
     text = done.stdout + done.stderr
