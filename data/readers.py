@@ -53,7 +53,10 @@ def parse_long_line(line: bytes, column: str) -> Any:
         (value,) = pyarrow.json.read_json(pyarrow.BufferReader(line), reading, options).column(0).chunk(0)
     except (pyarrow.ArrowInvalid, ValueError):
         return parse_line(line, column)  # says what is wrong with it
-    return as_text(value)
+    if not value.is_valid or len(value.as_buffer()) <= LONG_BYTES:
+        return value.as_py()
+    del line
+    return LongText(value.as_buffer().to_pybytes())  # a copy: Arrow's own buffers hold twice as much
 
 
 def as_text(value) -> Any:
@@ -69,8 +72,14 @@ def as_text(value) -> Any:
 def parse_lines(lines: list[bytes], column: str) -> list:
     """Return the values of a column of JSON lines; blank lines are no rows."""
     if max(map(len, lines), default=0) > LONG_BYTES:
-        lines = [line for line in lines if line.strip()]
-        return [(parse_long_line if len(line) > LONG_BYTES else parse_line)(line, column) for line in lines]
+        values = []
+        while lines:  # emptied, so that no line stays beside its text
+            long = len(lines[0]) > LONG_BYTES
+            if not lines[0].isspace():
+                values.append((parse_long_line if long else parse_line)(lines.pop(0), column))
+            else:
+                del lines[0]
+        return values
     try:
         return [row.get(column) for row in map(orjson.loads, lines)]
     except (ValueError, AttributeError):
