@@ -119,7 +119,8 @@ def states(setup):
         return {"weights": 4 * total, "master": 0, "gradients": 4 * total, "gradients_fp32": 0, "optimizer": optimizer}
     element, whole = (2 if setup.bf16 else 4), mine * ranks
     if stage == 3:
-        whole = mine + sum(t.numel * t.count for t in counting.weights(setup.config) if t.numel <= setup.persistent)
+        small = (t.numel * t.count for t in counting.weights(setup.config) if t.numel <= setup.persistent)
+        whole = mine + (sum(small) if ranks > 1 else 0)
     return {
         "weights": element * whole,
         "master": 4 * mine,

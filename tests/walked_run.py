@@ -48,11 +48,7 @@ class Walk(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         optimizer = self.unwrapped()
-        if (
-            state.global_step == 1
-            and hasattr(optimizer, "_optimizer_step")
-            and hasattr(optimizer, "averaged_gradients")
-        ):
+        if state.global_step == 1 and hasattr(optimizer, "single_partition_of_fp32_groups"):
             step = optimizer._optimizer_step
 
             def watched(group):
