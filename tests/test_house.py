@@ -108,6 +108,14 @@ def test_readme_s_table_of_defaults_is_the_code_s():
         assert json.dumps(defaults[name]) == json.dumps(json.loads(value)), name
 
 
+def test_readme_s_list_of_our_own_keys_is_the_code_s():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"Our own keys:\s+`([^`]+)`", readme)
+    theirs = {f.name for f in fields(TrainingArguments)}
+    ours = [f.name for cls in (ModelArguments, DataArguments, PretrainArguments) for f in fields(cls)]
+    assert re.split(r",\s+", listed) == [name for name in ours if name not in theirs]
+
+
 def test_readme_has_no_gap_left_to_fill():
     assert "@@" not in (ROOT / "README.md").read_text(encoding="utf-8")
 
