@@ -105,6 +105,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         tokenizer = _from_vocabulary_files(source, revision, local)
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer_name: {name} has only a slow tokenizer; choose one that has a tokenizer.json.")
+    if tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False) < 2:  # its files were not there
+        raise ValueError(f"tokenizer_name: {name} holds no vocabulary; give one with a tokenizer.json.")
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer_name: {name} has no EOS token, so documents would run together; "

@@ -143,6 +143,14 @@ def test_a_slow_tokenizer_is_refused(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+def test_a_directory_without_its_vocabulary_files_is_refused(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}'
+    )
+    with pytest.raises(ValueError, match="holds no vocabulary; give one with a tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_tokenizers_own_code_is_never_run(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}')
     ran = tmp_path / "ran"
