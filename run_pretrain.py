@@ -253,7 +253,7 @@ def train(made, args, checkpoint):
     """Train to the end, or to where a stop was agreed: then the exit status says so."""
     stop = guards.StopTogether(args.output_dir, ABOVE)
     made.add_callback(stop)
-    made.add_callback(ranks.Patience())
+    made.add_callback(ranks.Begun())
     if args.spot_notice_url and RANK == 0:
         spot.watch(args.spot_notice_url, stop.hear)
     if checkpoint:
@@ -287,6 +287,7 @@ def story(argv):
         model_args, data_args, args = arguments
         space.check_writable(args.output_dir)
         ranks.bound_waiting(args.ddp_timeout)
+        ranks.forget_shared_buffer(RANK)
         if RANK == 0 and (sentence := lock.take(args.output_dir)):
             say(sentence)
         share = args.stream_share() if data_args.trains_from_stream else None

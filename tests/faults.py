@@ -159,12 +159,12 @@ def rank_process(rank, world, port, request):
 
 def serve(answers):
     """Answer each request line {words, world, log, fault, rows} with the ranks' pids, then with their statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     for line in sys.stdin:
         request = json.loads(line)
         world = request.get("world", 2)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         pids = []
         for rank in range(world):
             if (pid := os.fork()) == 0:
@@ -187,6 +187,8 @@ def serve(answers):
                     )
             time.sleep(0.05)
         print(json.dumps([statuses[pid] for pid in pids]), file=answers, flush=True)
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        left.unlink()  # of one killed before its first step
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
@@ -99,12 +100,15 @@ def ranks(where):
 
 def launch(output_dir, words, log, *before, script=("run_pretrain.py",)):
     """`deepspeed` as a user calls it, `before` before it, in a session of its own."""
-    command = [*before, str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", free_port(), *script]
-    return subprocess.Popen(
+    port = free_port()
+    command = [*before, str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port, *script]
+    process = subprocess.Popen(
         [*command, *words, f"output_dir={output_dir}"],
         cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    process.port = port
+    return process
 
 
 def metrics(output_dir, *keys):
@@ -127,7 +131,9 @@ def wait_for(condition, process, seconds=240):
 @pytest.fixture(scope="session")
 def left_alone(words, where):
     with open(where / "alone.log", "w") as log:
-        assert launch(where / "alone", words, log).wait(600) == 0, (where / "alone.log").read_text()[-3000:]
+        process = launch(where / "alone", words, log)
+        assert process.wait(600) == 0, (where / "alone.log").read_text()[-3000:]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{process.port}_*"))  # 66 MiB of memory each
     epochs = metrics(where / "alone", "epoch")
     assert max(epochs.values())[0] > 2  # the data order of later epochs is at stake too
     return where / "alone"
@@ -183,32 +189,32 @@ def test_a_soak_of_kills_at_random_moments_ends_bit_identical(left_alone, words,
     whole = time.monotonic() - began
     while kills < SOAK_KILLS:
         rounds += 1
-        output_dir = where / f"soak{rounds}"
-        while True:
+        output_dir, statuses = where / f"soak{rounds}", None
+        while statuses != [0, 0]:
+            trained = (output_dir / f"checkpoint-{STEPS}" / checkpoints.MANIFEST).exists()
             ranks.start(output_dir, words)
-            alive = kills < SOAK_KILLS and Timer(moments.uniform(0.1, whole * 0.9), ranks.pids[0])
-            statuses = ranks.wait()
-            if alive and alive.join():
-                assert statuses == [-signal.SIGKILL] * 2, ranks.log.read_text()[-2000:]
-                kills += 1
+            if kills < SOAK_KILLS and not trained:  # or most kills would come after the last step
+                killer = Killer(moments.uniform(0.1, whole * 0.9), ranks.pids[0])
+                statuses = ranks.wait()
+                killer.end()
             else:
-                assert statuses == [0, 0], ranks.log.read_text()[-2000:]
-                break
+                statuses = ranks.wait()
+            assert set(statuses) <= {0, -signal.SIGKILL}, ranks.log.read_text()[-2000:]
+            kills += -signal.SIGKILL in statuses
         assert_equal_runs(left_alone, output_dir)
     print(f"{kills} SIGKILLs at random moments over {rounds} runs, each bit-identical to one left alone")
 
 
-class Timer:
+class Killer:
     """SIGKILL to a process group after some seconds, from a process of its own."""
 
     def __init__(self, seconds, group):
         code = f"import os, time; time.sleep({seconds}); os.killpg({group}, 9)"
         self.process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
 
-    def join(self):
-        """Whether it killed; a group that had ended cannot be."""
-        self.process.kill() if self.process.poll() is None else None
-        return self.process.wait() == 0
+    def end(self):
+        self.process.kill()
+        self.process.wait()
 
 
 def test_signals_at_every_point_stop_all_ranks_and_the_run_ends_bit_identical(left_alone, words, where, ranks):

@@ -57,25 +57,26 @@ def bound_waiting(seconds):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def unlink_shared_memory(rank):
-    """Leave no name of DeepSpeed's buffer for CPU ranks, once all have it open: the memory goes with the processes.
+def forget_shared_buffer(rank):
+    """Remove the name of this rank's shared buffer, which DeepSpeed leaves in memory when a run ends.
 
-    DeepSpeed 0.19.8 never unlinks it (69 MB a rank, named by MASTER_PORT): every launch on another port, and every
-    killed one, would keep its memory until the machine starts again.
+    It has 66 MiB a rank and a launch's port in its name, so that every port leaves others (DeepSpeed 0.19.8 on a CPU).
+    Call it before DeepSpeed makes it, where a killed run has left one, and once all ranks have opened it: it then lives
+    as long as they do.
     """
-    if dist.is_initialized():
-        dist.barrier()
-    where = (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"), rank)
-    Path("/dev/shm", f"deepspeed_allreduce_buffer_{os.getuid()}_{'_'.join(map(str, where))}").unlink(missing_ok=True)
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
-class Patience(TrainerCallback):
-    """Bounds the waiting in the groups that were made for training, too, and gives their memory back at the end."""
+class Begun(TrainerCallback):
+    """What waits until every group and buffer of the launch is there."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         bound_waiting(args.ddp_timeout)
-        if args.deepspeed and args.use_cpu:
-            unlink_shared_memory(args.process_index)
+        if dist.is_initialized():
+            dist.barrier()
+        forget_shared_buffer(args.process_index)
 
 
 @contextlib.contextmanager
