@@ -26,7 +26,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
-from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoConfig, AutoModelForCausalLM, ProgressCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
@@ -34,6 +33,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import IntervalStrategy
 
 if __package__:
+    from . import ds_configs
     from .arguments import FREE_ON_RESUME, SAME_ON_RESUME, SCHEDULE, DataArguments, ModelArguments, PretrainArguments
     from .command_line import parse_args, resolve
     from .data import corpus, packing, prepare, stream, tokenization
@@ -42,6 +42,7 @@ if __package__:
     from .planning import start
     from .training import divergence, guards, held_out, lock, loss, model, ranks, record, resume, space, spot, trainer
 else:
+    import ds_configs
     from arguments import FREE_ON_RESUME, SAME_ON_RESUME, SCHEDULE, DataArguments, ModelArguments, PretrainArguments
     from command_line import parse_args, resolve
     from data import corpus, packing, prepare, stream, tokenization
@@ -314,8 +315,8 @@ def story(argv):
         if debug:
             raise
         fail(error, getattr(error, "status", 2))
-    if args.deepspeed and args.use_cpu and not list(Path(get_default_build_root()).glob("*/deepspeed_shm_comm/*.so")):
-        say("DeepSpeed builds its extension for CPUs now, once: about half a minute.")
+    if args.deepspeed and args.use_cpu and (sentence := ds_configs.say_if_unbuilt(remove_stale_lock=RANK == 0)):
+        say(sentence)
     made, log = make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, prepared_dir)
     made.checkpoint_bytes = checkpoint_bytes
     made.facts = run.facts() | {"data": manifest.fingerprint, "arguments_sha256": record.digest(resolved)}

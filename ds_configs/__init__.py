@@ -1,13 +1,19 @@
 """DeepSpeed's JSON files: where one is, whether it agrees with the arguments, and what DeepSpeed needs to start."""
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import sysconfig
+import time
 from pathlib import Path
 
+import psutil
+
 HERE = Path(__file__).resolve().parent
+EXTENSION = "deepspeed_shm_comm"
+LOCK_SECONDS = 10  # between the lock and the compiler lie milliseconds
 
 
 def find(path):
@@ -28,6 +34,38 @@ def stand_alone():
         port = free.getsockname()[1]
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in alone.items()})
+
+
+def say_if_unbuilt(remove_stale_lock):
+    """Return a sentence where DeepSpeed's extension for CPUs is still to be built, else None.
+
+    torch's builder waits for its lock for ever, also for one that a killed build has left (2.13): a lock older than
+    LOCK_SECONDS that no process works behind is removed.
+
+    Args:
+        remove_stale_lock: True on one rank of a machine.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    directory = Path(_get_build_directory(EXTENSION, verbose=False))
+    lock = directory / "lock"
+    while remove_stale_lock and lock.exists() and not _someone_works_in(directory):
+        with contextlib.suppress(FileNotFoundError):
+            if (age := time.time() - lock.stat().st_mtime) > LOCK_SECONDS:
+                lock.unlink()
+            else:
+                time.sleep(max(0.0, LOCK_SECONDS - age) + 0.1)
+    if (directory / f"{EXTENSION}.so").exists():
+        return None
+    return "DeepSpeed builds its extension for CPUs now, once: about half a minute."
+
+
+def _someone_works_in(directory):
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.cwd() == str(directory):
+                return True
+    return False
 
 
 def check(args, world=None):

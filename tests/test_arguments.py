@@ -258,3 +258,22 @@ def test_a_dashboard_that_is_not_installed_is_refused(monkeypatch, name):
     others = [other for other in limits.get_available_reporting_integrations() if other != name]
     monkeypatch.setattr(limits, "get_available_reporting_integrations", lambda: others)
     assert refusal(f"report_to={name}", "deepspeed=null").endswith(f"pip install {name}.")
+
+
+def test_a_lock_that_a_killed_build_left_is_removed_and_a_working_one_s_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(ds_configs, "LOCK_SECONDS", 0.2)
+    assert "builds its extension" in ds_configs.say_if_unbuilt(True)
+    directory = tmp_path / ds_configs.EXTENSION
+    builder = subprocess.Popen(["sleep", "60"], cwd=directory)
+    (directory / "lock").touch()
+    ds_configs.say_if_unbuilt(True)
+    assert (directory / "lock").exists()  # torch waits for this one, and rightly
+    builder.kill()
+    builder.wait()
+    ds_configs.say_if_unbuilt(False)
+    assert (directory / "lock").exists()  # only one rank looks after it
+    ds_configs.say_if_unbuilt(True)
+    assert not (directory / "lock").exists()
+    (directory / f"{ds_configs.EXTENSION}.so").touch()
+    assert ds_configs.say_if_unbuilt(True) is None
