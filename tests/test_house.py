@@ -24,7 +24,7 @@ ALLOWED = {
 PRODUCT = [
     path
     for path in sorted(ROOT.rglob("*.py"))
-    if not {"tests", "build", ".venv", "benchmarks"} & set(path.relative_to(ROOT).parts)
+    if not {"tests", "build", ".venv", "benchmarks", "runs"} & set(path.relative_to(ROOT).parts)
 ]
 
 
