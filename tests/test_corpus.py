@@ -273,3 +273,9 @@ def test_a_line_that_ends_just_where_a_part_ends_is_read_once(tmp_path, monkeypa
         monkeypatch.setattr(documents_module, "PART_BYTES", size)
         parts = read_documents(data_files=str(path)).parts()
         assert sum(len(batch.texts) for part in parts for batch in part.batches(None, Tally())) == 40, size
+
+
+def test_a_slice_of_a_stream_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(ValueError, match=r"a stream has no slices; name a whole split and set max_documents"):
+        read_documents(dataset_name=str(tmp_path), dataset_split="train[:1]", streaming=True)
