@@ -253,6 +253,7 @@ def score_held_out(args, tokenizer, prepared_dir, window):
 def train(made, args, checkpoint):
     """Train to the end, or to where a stop was agreed: then the exit status says so."""
     stop = guards.StopTogether(args.output_dir, ABOVE)
+    guards.deafen_forks()
     made.add_callback(stop)
     made.add_callback(ranks.Begun())
     if args.spot_notice_url and RANK == 0:

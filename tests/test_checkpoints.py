@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, free_port
 from transformers import AutoModelForCausalLM
 
 from smolpretrain.training import checkpoints, guards, lock, model, ranks, resume, spot
@@ -414,6 +414,51 @@ def test_a_worker_ignores_the_signals_and_the_rank_does_not():
     rows = torch.utils.data.DataLoader(range(4), num_workers=1, collate_fn=guards.DeafInWorkers(handler_of_sigterm))
     assert set(rows) == {str(signal.SIG_IGN)}
     assert guards.DeafInWorkers(handler_of_sigterm)([]) != str(signal.SIG_IGN)
+
+
+def test_what_is_forked_is_deaf_from_its_birth_and_the_rank_hears_on():
+    program = """
+import multiprocessing, os, signal
+from smolpretrain.training import guards
+guards.deafen_forks()
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+def mask():
+    return sorted(int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+here, there = multiprocessing.get_context("fork").Pipe()
+child = multiprocessing.get_context("fork").Process(target=lambda: there.send(mask()))
+child.start()
+os.kill(os.getpid(), signal.SIGTERM)
+print(here.recv() == sorted(map(int, guards.SIGNALS)), mask() == [], heard == [1])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True True True\n", done.stderr
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_every_rank_ends_with_the_status_of_the_one_that_failed(failing, tmp_path):
+    """Launchers pass on the status of whichever rank they find ended first."""
+    program = """
+import torch, torch.distributed as dist
+from smolpretrain.training import ranks, space
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+with ranks.one_error(rank, 2, lambda: "at step 7", lambda: False):
+    if rank == FAILING:
+        raise space.NoSpace("the disk is full")
+    dist.all_reduce(torch.ones(1))
+""".replace("FAILING", str(failing))
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TMPDIR": str(tmp_path)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], cwd=ROOT, env=os.environ | together | {"RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [5, 5], said
+    assert "".join(said).count("error:") == 1 and "run_pretrain.py: error: the disk is full" in said[failing]
 
 
 @pytest.mark.parametrize("words", [[], ["run_pretrain.py", "args.json"]])

@@ -80,7 +80,8 @@ class Walk(TrainerCallback):
             "master": storages(master),
             "optimizer": storages([v for s in inner.state.values() for v in s.values() if isinstance(v, torch.Tensor)]),
         }
-        print("walked", json.dumps(found | self.gradients | {"rank": args.process_index}), flush=True)
+        line = json.dumps(found | self.gradients | {"rank": args.process_index})
+        print(f"walked {line}", flush=True)  # one write: unbuffered parts of two ranks' lines would mix
 
 
 def main():

@@ -110,11 +110,20 @@ class StopTogether(TrainerCallback):
             self._agree(args, state, control)
 
 
-class DeafInWorkers:
-    """A collator whose DataLoader workers ignore the signals: launchers send them to a rank's children too.
+def deafen_forks():
+    """From here on whatever this process forks has the signals blocked from its birth.
 
-    torch's workers would die of a SIGTERM and take the checkpoint being written with them.
+    DeepSpeed's launch.py signals a rank's children too: a DataLoader worker between its start, at each epoch, and its
+    first batch died of that, and took the checkpoint being written with it.
     """
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
+    )
+
+
+class DeafInWorkers:
+    """A collator whose DataLoader workers ignore the signals, where they are not forked: see `deafen_forks`."""
 
     def __init__(self, collator):
         self.collator = collator

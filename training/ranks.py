@@ -103,7 +103,8 @@ def one_error(rank, world_size, where, asked_to_stop):
         if lost and asked_to_stop():
             os._exit(1)
         silent = _silent_ranks(rank, world_size) if lost else None
-        if world_size == 1 or _is_first(rank, lost):
+        first, told = (True, status) if world_size == 1 else _first_status(rank, lost, status)
+        if first:
             if status is not None:
                 print(f"run_pretrain.py: error: {error}", file=sys.stderr)
             elif lost:
@@ -119,7 +120,7 @@ def one_error(rank, world_size, where, asked_to_stop):
         sys.stdout.flush()
         if world_size == 1:
             sys.exit(status)
-        os._exit(status or 1)
+        os._exit(told or 1)  # the launcher passes on the status of whichever rank it finds ended
 
 
 def _silent_ranks(rank, world_size):
@@ -138,14 +139,18 @@ def _told():
     return Path(tempfile.gettempdir(), f"smolpretrain-told-{os.getppid()}")  # the ranks of a machine share a parent
 
 
-def _is_first(rank, lost):
-    """Whether no other rank has told an error yet; a file says so where the store has ended with the first rank."""
+def _first_status(rank, lost, status):
+    """Whether no other rank has told an error yet, and the status of the one that has.
+
+    A file says so where the store has ended with the first rank.
+    """
+    mine = f"{rank} {status or 1}"
     try:
         _store().set_timeout(timedelta(seconds=STORE_SECONDS))
-        first = _store().compare_set("failed", "", str(rank)).decode() == str(rank)
+        told = _store().compare_set("failed", "", mine).decode()
     except (dist.DistError, RuntimeError):
-        first = (not lost or rank == 1) and not _told().exists()
-    if first:
+        told = _told().read_text() if _told().exists() else mine if not lost or rank == 1 else ""
+    if told == mine:
         with contextlib.suppress(OSError):
-            _told().touch()
-    return first
+            _told().write_text(mine)
+    return told == mine, int((told or "0 1").split()[1])
