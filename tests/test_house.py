@@ -19,6 +19,8 @@ ALLOWED = {
     ("training", "data.manifest"),
     # prepare.py and plan.py parse as run_pretrain.py does, and share the arguments that say what text is taken.
     *(("data", "command_line"), ("arguments", "data.arguments"), ("limits", "data.arguments")),
+    # Whoever publishes, a set, a model or a Space, talks to the Hub the same way: one identity, one patience.
+    *(("data", "hub.connection"), ("space", "hub.connection")),
     *(("plan", name) for name in ("planning", "command_line", "arguments")),  # plan.py is planning/'s command
 }
 PRODUCT = [

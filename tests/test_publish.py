@@ -15,11 +15,11 @@ from conftest import ROOT
 from datasets import load_from_disk
 from huggingface_hub import constants
 
-from smolpretrain.data import publish
 from smolpretrain.data.command import main
 from smolpretrain.data.dataset_card import _size_category, make_card
 from smolpretrain.data.manifest import Manifest
 from smolpretrain.data.prepare import load_blocks
+from smolpretrain.hub import connection
 
 PREPARE = ("python", ROOT / "data" / "prepare.py")
 KEYS = ("vocab_size=400", "block_size=64", "validation_fraction=0.1")
@@ -186,6 +186,16 @@ def test_what_the_hub_would_refuse_is_said_before_anything_is_prepared(
     assert list(tmp_path.iterdir()) == [] and ("dataset", "user/new") not in here.repos
 
 
+def test_offline_is_said_and_a_licence_is_not_judged_by_a_hub_that_does_not_answer(here, capsys, monkeypatch):
+    monkeypatch.setattr(connection.time, "sleep", lambda seconds: None)
+    here.fail("POST", "/validate-yaml", times=99)
+    error = refusal(capsys, "prepared_dir=set", "--push_to_hub=user/new", "--license=mit")
+    assert "error: --license mit: the Hub could not be reached (" in error and "does not take it" not in error
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    sentence = "error: --push_to_hub user/new: HF_HUB_OFFLINE is set; unset it to reach the Hub.\n"
+    assert refusal(capsys, "prepared_dir=set", "--push_to_hub=user/new").endswith(sentence)
+
+
 def test_a_set_that_is_not_whole_is_refused_before_the_hub_is_asked(here, capsys, tmp_path, published):
     asked = len(here.requests)
     assert "is not a prepared set" in refusal(capsys, f"prepared_dir={tmp_path}", "--push_to_hub=user/new")
@@ -230,7 +240,7 @@ def test_what_breaks_in_xet_is_one_sentence_too(here, published, capsys, monkeyp
 
 def test_what_passes_is_waited_for_and_what_stays_is_given_up(here, published, capsys, monkeypatch):
     waits = []
-    monkeypatch.setattr(publish.time, "sleep", waits.append)
+    monkeypatch.setattr(connection.time, "sleep", waits.append)
     here.fail("POST", "/commit/", status=503, times=99)
     error = refusal(capsys, "prepared_dir=set", "--push_to_hub=user/slow", status=6)
     assert "the Hub answered 503; try again later." in error and waits == [1, 2, 4, 8]
