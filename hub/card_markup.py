@@ -1,0 +1,53 @@
+"""Recorded values as Markdown in which nothing recorded is markup."""
+
+import json
+import re
+
+FILE_LIMIT = 20  # entries of a list that the card names; the prepared set's manifest has all
+
+
+def code(text):
+    """Recorded text as a code span: nothing in it is markup; a line break is written as backslash n."""
+    text = re.sub(r"\r\n|[\r\n\x85\u2028\u2029]", r"\\n", str(text)).replace("\t", r"\\t")
+    if not text.strip():
+        return f"`{json.dumps(text)}`"
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    edge = " " if "`" in (text[0], text[-1]) or text[0] == text[-1] == " " else ""
+    return f"{fence}{edge}{text}{edge}{fence}"
+
+
+def number(value):
+    """A number for a reader: integers whole, others with four digits that matter; empty where there is none."""
+    if value is None:
+        return ""
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.3g}"
+    return f"{value:.4g}"
+
+
+def table(header, rows):
+    """Rows as a table; a pipe inside a cell is text. Nothing where there are no rows."""
+    lines = [header, ["---"] * len(header), *rows] if rows else []
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def section(title, *parts):
+    return "\n\n".join([f"## {title}", *(part for part in parts if part)])
+
+
+def listed(values, indent=""):
+    """Values of a record as a list, nested as they are; a file is its name, size and sha256."""
+    lines = []
+    items = list(values.items() if isinstance(values, dict) else enumerate(values, start=1))
+    for key, value in items[: None if isinstance(values, dict) else FILE_LIMIT]:
+        if isinstance(value, dict) and set(value) == {"name", "bytes", "sha256"}:
+            lines.append(f"{indent}- {code(value['name'])}, {number(value['bytes'])} bytes, sha256 `{value['sha256']}`")
+        elif isinstance(value, (dict, list)):
+            lines += [f"{indent}- {key}:", *listed(value, indent + "  ")] if value else []
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            lines.append(f"{indent}- {key}: {number(value)}")
+        elif value is not None:
+            lines.append(f"{indent}- {key}: {code(value)}")
+    if len(items) > FILE_LIMIT and not isinstance(values, dict):
+        lines.append(f"{indent}- and {number(len(items) - FILE_LIMIT)} more")
+    return lines

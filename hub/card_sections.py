@@ -1,0 +1,257 @@
+"""The sections of a model card, each from the record of a run and from nothing else, as Markdown."""
+
+import json
+import re
+
+if __package__:
+    from .card_markup import code, listed, number, section, table
+else:
+    from card_markup import code, listed, number, section, table
+
+NOT_MEASURED = "truth of what it writes, bias, toxicity, memorised text, other languages, code that runs"
+
+
+def source_of(run):
+    """What the text is called in a sentence."""
+    source = (run.record.get("data") or {}).get("source") or {}
+    if mixture := source.get("mixture"):
+        return "a mixture of " + ", ".join(code(source_name(entry.get("source") or {})) for entry in mixture)
+    return code(source_name(source))
+
+
+def source_name(source):
+    if "builtin" in source:
+        return source["builtin"]
+    if "data_files" in source:
+        names = [file["name"] for file in source["data_files"]]
+        return names[0] if len(names) == 1 else f"{len(names)} files"
+    parts = [source.get("dataset_name"), source.get("dataset_config_name")]
+    return "/".join(filter(None, parts)) or "a source that the record does not name"
+
+
+def settings_text(settings):
+    """What a perplexity moves with, for the metric's name."""
+    names = ("window", "stride", "prefix")
+    return ", ".join(f"{name} {settings[name]}" for name in names if settings.get(name) is not None)
+
+
+def summary(run):
+    """Title, one line, and what did not go as planned."""
+    arguments, parameters = run.arguments, run.record.get("parameters")
+    start = f"from the weights of {code(arguments['init_from'])}" if arguments.get("init_from") else None
+    start = start or f"from random initialisation (seed {arguments.get('seed')})"
+    size = f"A causal language model of {number(parameters)} parameters" if parameters else "A causal language model"
+    seen = f" on {number(run.tokens_seen)} tokens of {source_of(run)}" if run.tokens_seen else ""
+    parts = [f"# {run.name}", f"{size}, pre-trained {start}{seen}."]
+    if not run.result:
+        step, planned = (run.trained[-1]["step"] if run.trained else 0), (run.plan.get("data") or {}).get("steps")
+        planned = f" of {number(planned)}" if planned else ""
+        parts.append(f"**The run has not ended**: its record reaches step {number(step)}{planned}. What a run measures "
+                     "at its end is missing here.")  # fmt: skip
+    skipped = run.trained[-1].get("skipped_steps") if run.trained else None
+    if run.bad or skipped:
+        kinds = dict.fromkeys(code(row["bad_step"]) for row in run.bad)
+        places = ", ".join(number(row["step"]) for row in run.bad[:10]) + (" and more" if len(run.bad) > 10 else "")
+        found = f" Found bad: {'; '.join(list(kinds)[:5])}, at step {places}." if run.bad else ""
+        parts.append(f"**Steps that were not applied: {number(skipped or 0)}.**{found}")
+    return "\n\n".join(parts)
+
+
+def quick_start(run, repo_id):
+    """Code that runs as it stands: by the repository's name, or from the model's own directory."""
+    if not any((run.directory / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return section("Quick start", "There is no exported model yet: the run writes it at its end.")
+    prompt = run.samples[0]["prompt"] if run.samples else "Once upon a time"
+    before = "" if repo_id else "In the directory of this file:\n\n"
+    return section("Quick start", f"""{before}```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model={repo_id or "."!r})
+print(generate({prompt!r}, max_new_tokens=48, do_sample=False)[0]["generated_text"])
+```""")  # fmt: skip
+
+
+def model(run):
+    """Architecture, size and tokenizer."""
+    config, made = run.config, run.plan.get("model") or {}
+    fields = {
+        "architecture": code(", ".join(config.get("architectures") or [config.get("model_type", "")])),
+        "built from": code(run.arguments.get("model_name")),
+        "parameters": number(run.record.get("parameters")),
+        "of them outside the embeddings": number(made.get("non_embedding")),
+    }
+    if made.get("active") != made.get("total"):
+        fields["of them at work on a token"] = number(made.get("active"))
+    for label, key in (
+        ("layers", "num_hidden_layers"),
+        ("hidden size", "hidden_size"),
+        ("attention heads", "num_attention_heads"),
+        ("key and value heads", "num_key_value_heads"),
+        ("vocabulary", "vocab_size"),
+        ("positions", "max_position_embeddings"),
+    ):
+        fields[label] = number(config.get(key))
+    fields["head tied to the embeddings"] = {True: "yes", False: "no"}.get(config.get("tie_word_embeddings"), "")
+    fields["weights stored as"] = config.get("dtype") or ""
+    trained = "trained on this text" if run.arguments.get("tokenizer_name") == "train" else "the architecture's own"
+    asked = run.arguments.get("tokenizer_name")
+    fields["tokenizer"] = code(asked) if asked not in (None, "train") else trained
+    rows = [[label, value] for label, value in fields.items() if value not in ("", "``")]
+    return section("Model at a glance", table(["", ""], rows))
+
+
+def data(run):
+    """Source and revision, counts, tokens seen and unique, epochs, packing, cleaning."""
+    recorded, manifest, arguments = run.record.get("data") or {}, run.manifest, run.arguments
+    parts = ["\n".join(listed(recorded.get("source") or {}) or ["The record names no source."])]
+    names = ("documents", "tokens", "bytes", "blocks", "fill", "documents_cut")
+    splits = recorded.get("splits") or {}
+    rows = [[split, *(number(entry.get(name)) for name in names)] for split, entry in splits.items()]
+    parts.append(table(["split", *names[:3], "rows", "fill", "documents cut"], rows))
+    if run.from_stream:
+        parts.append("Trained straight from the stream of the text: the table counts only its first documents, of "
+                     "which the held-out ones and the unigram model are. Passes over the text were not counted.")  # fmt: skip
+    train, block, seen = splits.get("train") or {}, arguments.get("block_size"), run.tokens_seen
+    if seen and train.get("blocks") and block and not run.from_stream:
+        there = train["blocks"] * block
+        padding = " (padding among them)" if train.get("padding_tokens") else ""
+        parts.append(f"Tokens seen: {number(seen)}{padding}. Unique: {number(min(seen, there))}. "
+                     f"Epochs: {number(seen / there)}.")  # fmt: skip
+    masking = "attention stays inside a document" if arguments.get("intra_document_masking") else "plain causal rows"
+    packing = {"concat": "documents end to end, cut into rows", "best_fit": "documents up to a row are never cut"}
+    how = arguments.get("packing")
+    parts.append(f"Packing: {code(how)} ({packing.get(how, 'see the arguments')}), {number(block)} tokens a row, EOS "
+                 f"after each document; {masking}. Held out: validation_fraction {arguments.get('validation_fraction')}"
+                 " of the documents, by a hash of their text.")  # fmt: skip
+    if not manifest:
+        return section("Training data", *parts, "What cleaning left out is not known here: the prepared set's "
+                       "manifest is not beside this record.")  # fmt: skip
+    done = dict(manifest.get("options") or {}) | {f"left out by {k}": n for k, n in manifest["filtered"].items()}
+    done["null or blank rows passed over"] = manifest.get("skipped_rows") or 0
+    done["bad rows passed over"] = (manifest.get("bad_rows") or {}).get("rows") or 0
+    mixed = ["Realised mixture:", "\n".join(listed(manifest["mixture"]))] if manifest.get("mixture") else []
+    return section("Training data", *parts, *mixed, "Cleaning:", "\n".join(listed(done)))
+
+
+def hyper_parameters(run):
+    """How it was trained; the batch is the real one, over all ranks, in tokens."""
+    given = run.arguments
+    per_step = (given.get("per_device_train_batch_size"), given.get("gradient_accumulation_steps"), run.ranks)
+    rows = {}
+    if None not in (*per_step, given.get("block_size")):
+        batch = per_step[0] * per_step[1] * per_step[2]
+        rows["global batch"] = (
+            f"{number(batch * given['block_size'])} tokens: {batch} rows of {number(given['block_size'])} "
+            f"({per_step[0]} a micro-batch x accumulation {per_step[1]} x {per_step[2]} ranks)"
+        )
+    rows["steps logged last"] = number(run.trained[-1]["step"]) if run.trained else ""
+    betas = f"betas {given.get('adam_beta1')}, {given.get('adam_beta2')}; epsilon {given.get('adam_epsilon')}"
+    rows["optimizer"] = f"{code(given.get('optim'))}; {betas}; weight decay {given.get('weight_decay')}"
+    warmup = given.get("warmup_steps") or 0
+    warmup = f"{warmup:.2%} of the steps" if 0 < warmup < 1 else f"{number(warmup)} steps"
+    more = f", {code(json.dumps(given['lr_scheduler_kwargs']))}" if given.get("lr_scheduler_kwargs") else ""
+    rows["peak learning rate"] = str(given.get("learning_rate"))
+    rows["schedule"] = f"{code(given.get('lr_scheduler_type'))}{more}, warm-up {warmup}"
+    rows["gradient clipping"] = f"norm {given.get('max_grad_norm')}"
+    rows["precision"] = "bfloat16" if given.get("bf16") else "float16" if given.get("fp16") else "float32"
+    if given.get("deepspeed"):
+        rows["DeepSpeed"] = code(given["deepspeed"] if isinstance(given["deepspeed"], str) else "own configuration")
+    rows["seed"] = str(given.get("seed")) + (f", of the data {given['data_seed']}" if given.get("data_seed") else "")
+    return section("Hyper-parameters", table(["", ""], [[name, value] for name, value in rows.items() if value]))
+
+
+def curves(run):
+    """The pictures of the run's report."""
+    shown = [(path, alt) for path, alt in run.pictures if not path.startswith("report/comparison")]
+    missing = "There is no report beside this record: `python eval/report.py RUN_DIR` draws it."
+    return section("Curves", *([picture(*one) for one in shown] or [missing]))
+
+
+def picture(path, alt):
+    return f"![{re.sub(r'([][<>`*_!&|-])', lambda mark: chr(92) + mark[0], alt)}]({path})"
+
+
+def samples(run):
+    """What the model wrote at the last sampled step for all prompts, and a comparison's first sample of each."""
+    if not run.samples:
+        return section("Samples", "The run wrote none (sample_steps).")
+    last = max(row["step"] for row in run.samples)
+    rows = [row for row in run.samples if row["step"] == last]
+    parts = [f"{_settings_of(rows[0])}, at step {number(last)}, for all {len(rows)} prompts; none picked, no draw. "
+             "A line break is written as `\\n`."]  # fmt: skip
+    parts.append("\n".join(f"- {code(row['prompt'])} ... {code(row['text'])}" for row in rows))
+    drawn, mine = run.comparison.get("settings") or {}, own_label(run)
+    sampled = [
+        row for row in run.written if row["model"] == mine and (row["decoding"], row["sample"]) == ("sampled", 0)
+    ]
+    if sampled:
+        names = ("seed", "temperature", "top_p")
+        parts.append(f"Sampled, {', '.join(f'{name} {drawn.get(name)}' for name in names)}, the first of "
+                     f"{drawn.get('samples')} for each prompt, none picked:")  # fmt: skip
+        parts.append("\n".join(f"- {code(row['prompt'])} ... {code(row['text'])}" for row in sampled))
+    if run.edited:
+        parts.append("What looked like a path of a machine or an access token was taken out of these texts.")
+    return section("Samples", *parts)
+
+
+def _settings_of(row):
+    new = f", {row['max_new_tokens']} new tokens at most" if row.get("max_new_tokens") else ""
+    return f"{str(row.get('decoding', '')).capitalize()} continuations{new}"
+
+
+def own_label(run):
+    """The label under which a comparison has this run's exported model."""
+    entries = run.comparison.get("models") or []
+    return next((e["model"] for e in entries if e["kind"] == "checkpoint" and e["model"] in run.names), None)
+
+
+def intended_use(run):
+    """What a base model is for, and what nobody looked at."""
+    window = run.arguments.get("block_size")
+    benchmarks = "" if run.scores else ", knowledge (no benchmark was run)"
+    return section("Intended use and limits", f"""A base model: it continues a text. It was not trained to follow instructions or to chat, and has no chat template. For
+research, teaching, and as a start for training of your own; not for advice or decisions.
+
+- What it writes can be false, offensive or copied from its training data; nobody filtered it.
+- Rows of {number(window)} tokens were trained: nothing is known of longer texts.
+- Not measured: {NOT_MEASURED}{benchmarks}.""")  # fmt: skip
+
+
+def provenance(run):
+    """Commit, versions, machine, data fingerprint and command."""
+    record, made = run.record, run.comparison
+    versions = ", ".join(f"{name} {found}" for name, found in (record.get("versions") or {}).items() if found)
+    hardware = record.get("hardware") or record.get("device")
+    rows = {
+        "code": f"smolpretrain, commit {code(record.get('git_commit') or 'unknown')}",
+        "versions": versions,
+        "trained on": f"{code(hardware)}, {number(run.ranks)} ranks" if hardware and run.ranks else "not recorded",
+        "throughput": f"{number(run.result.get('tokens_per_second'))} tokens/s" if run.result else "",
+        "compared on": code(made["hardware"]) if made.get("hardware") else "",
+        "data fingerprint": code((record.get("data") or {}).get("fingerprint")),
+        "command": code("run_pretrain.py " + " ".join(record["command"])) if record.get("command") else "not recorded",
+    }
+    rows = [[name, value] for name, value in rows.items() if value]
+    said = "All from the run's own `run.json`, `metrics.jsonl`, `samples.jsonl` and `report/`; no figure is typed."
+    return section("Provenance", table(["", ""], rows), said)
+
+
+def energy(run):
+    """Not measured; the plan's estimate where there is one, called so."""
+    time = run.plan.get("time") or {}
+    estimate = f" The plan made before the run estimates {number(time['kilowatt_hours'])} kWh." if time.get(
+        "kilowatt_hours") else ""  # fmt: skip
+    return section("Energy", f"Not measured.{estimate}")
+
+
+def citation(run, repo_id):
+    """BibTeX; the year is that of the run's end, where it is recorded."""
+    fields = {"title": run.name}
+    if repo_id and "/" in repo_id:
+        fields = {"author": repo_id.split("/")[0]} | fields | {"howpublished": f"https://huggingface.co/{repo_id}"}
+    if run.record.get("finished"):
+        fields["year"] = run.record["finished"][:4]
+    fields["note"] = f"Pre-trained with smolpretrain, commit {run.record.get('git_commit') or 'unknown'}"
+    key = re.sub(r"\W", "_", run.name)
+    lines = [f"  {name} = {{{value}}}," for name, value in fields.items()]
+    return section("Citation", "\n".join(["```bibtex", f"@misc{{{key},", *lines, "}", "```"]))

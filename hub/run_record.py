@@ -1,0 +1,201 @@
+"""What a run left, read back for its card: no number that is not finite, no path of a machine, no access token."""
+
+import csv
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|(API|ACCESS)_KEY")  # of environment variables
+SECRETS = re.compile(r"\b(?:hf_\w{20,}|gh[a-z]_\w{20,}|sk-[\w-]{20,}|AKIA[0-9A-Z]{16})")  # Hub, GitHub, OpenAI, AWS
+HOMES = re.compile(r"(?<![\w.-])(?:/(?:home|Users)/|[A-Za-z]:\\Users\\)[^\s/\\'\"`,;]+")
+PART = r"[^\s/\\'\"`<>|,;]+"
+PATHS = re.compile(rf"(?:file://|(?<![\w./-]))~?/(?:{PART}/)+({PART})?|(?<!\w)(?:[A-Za-z]:|~)\\(?:{PART}\\)*({PART})?")
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def clean_text(text):
+    """Text without what must not leave the machine: tokens go, an absolute path becomes its last part."""
+    text = CONTROLS.sub("\ufffd", text.encode("utf-8", "replace").decode())
+    for name, value in os.environ.items():
+        if SECRET_NAMES.search(name) and len(value) >= 16:
+            text = text.replace(value, "[removed]")
+    text = HOMES.sub("~", SECRETS.sub("[removed]", text))
+    return PATHS.sub(lambda found: found[1] or found[2] or re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], text)
+
+
+def clean(value, whole=False):
+    """A JSON value with its texts cleaned and None for numbers that JSON has no name for.
+
+    Args:
+        whole: A text that is an absolute path from end to end, blanks included, is one path.
+    """
+    if isinstance(value, dict):
+        return {clean_text(str(key)): clean(entry, whole) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [clean(entry, whole) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str):
+        one_path = whole and re.fullmatch(r"(?:~|[A-Za-z]:)?[/\\][^\n]*", value)
+        return clean_text(re.split(r"[/\\]", value.rstrip("/\\"))[-1] if one_path else value)
+    return value
+
+
+def read_json(path, otherwise=None):
+    """A JSON file, cleaned; `otherwise` where there is none. ValueError where it is damaged."""
+    if not path.is_file():
+        return otherwise
+    try:
+        return clean(json.loads(path.read_text(encoding="utf-8")), whole=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: it is no JSON ({error}).") from error
+
+
+def read_rows(path):
+    """Rows of a JSON lines file, as they are; a last line that a kill cut short is passed over."""
+    lines = path.read_bytes().decode("utf-8", "replace").splitlines() if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is no JSON ({error}).") from error
+    return [row for row in rows if isinstance(row, dict)]
+
+
+@dataclass
+class Run:
+    """A run directory as its card needs it; what is not there is empty.
+
+    Attributes:
+        name: What the model is called: the repository's name, else the directory's.
+        record: run.json.
+        trained, held_out, bad: Rows of metrics.jsonl: logged steps, evaluations, steps that were found bad.
+        samples: Rows of samples.jsonl, and
+        edited: whether a path or a token was taken out of one.
+        config: The model's config.json, or that of the newest checkpoint.
+        manifest: The prepared set's, if it is the one that was trained on.
+        compared: Rows of report/comparison.csv; comparison: comparison.json; written: its samples.
+        scores: Rows of report/benchmark.json.
+        pictures: (path from the run directory, what it shows) of those that report/report.md shows.
+    """
+
+    directory: Path
+    name: str
+    record: dict
+    trained: list = field(default_factory=list)
+    held_out: list = field(default_factory=list)
+    bad: list = field(default_factory=list)
+    samples: list = field(default_factory=list)
+    edited: bool = False
+    config: dict = field(default_factory=dict)
+    manifest: dict = field(default_factory=dict)
+    compared: list = field(default_factory=list)
+    comparison: dict = field(default_factory=dict)
+    written: list = field(default_factory=list)
+    scores: list = field(default_factory=list)
+    pictures: list = field(default_factory=list)
+
+    @property
+    def arguments(self):
+        return self.record.get("arguments") or {}
+
+    @property
+    def plan(self):
+        return self.record.get("plan") or {}
+
+    @property
+    def result(self):
+        """What stands in run.json of the end; empty where the run did not end, or went on after it."""
+        result = self.record.get("result") or {}
+        last = max((row.get("tokens_seen") or 0 for row in self.trained), default=0)
+        return result if (result.get("tokens_seen") or 0) >= last else {}
+
+    @property
+    def tokens_seen(self):
+        """At the end, or at the last logged step of a run that did not end."""
+        logged = self.trained[-1].get("tokens_seen") if self.trained else None
+        return self.result.get("tokens_seen", logged)
+
+    @property
+    def ranks(self):
+        """Processes that trained, as the last logged step counted them; None where none was logged."""
+        return len(self.trained[-1].get("peak_memory_gib_by_rank") or []) or None if self.trained else None
+
+    @property
+    def names(self):
+        """What a comparison or a benchmark calls the exported model: its directory, then and now."""
+        return {str(self.arguments.get("output_dir")).rstrip("/").split("/")[-1], self.directory.resolve().name}
+
+    @property
+    def from_stream(self):
+        bounds = self.arguments.get("max_documents"), self.arguments.get("max_tokens")
+        return bool(self.arguments.get("streaming")) and bounds == (None, None)
+
+
+def read_run(run_dir, repo_id=None):
+    """Read a run directory.
+
+    Raises:
+        ValueError: It holds no run.json, or a file of the record is damaged.
+    """
+    directory = Path(run_dir)
+    record = read_json(directory / "run.json")
+    if not isinstance(record, dict):
+        raise ValueError(f"{run_dir}: no run.json of a run; give the output_dir of run_pretrain.py.")
+    metrics, raw = clean(read_rows(directory / "metrics.jsonl")), read_rows(directory / "samples.jsonl")
+    samples, report = clean(raw), directory / "report"
+    return Run(
+        directory=directory,
+        name=(repo_id or directory.resolve().name).split("/")[-1],
+        record=record,
+        trained=[row for row in metrics if "loss" in row],
+        held_out=[row for row in metrics if "eval_loss" in row],
+        bad=[row for row in metrics if "bad_step" in row],
+        samples=samples,
+        edited=samples != raw,
+        config=_config(directory),
+        manifest=_manifest(directory, record),
+        compared=_table(report / "comparison.csv"),
+        comparison=read_json(report / "comparison.json", {}),
+        written=clean(read_rows(report / "comparison_samples.jsonl")),
+        scores=read_json(report / "benchmark.json", []),
+        pictures=_pictures(report),
+    )
+
+
+def _config(directory):
+    steps = {int(path.name.split("-")[1]): path for path in directory.glob("checkpoint-*") if path.name[11:].isdigit()}
+    places = [directory, *(steps[step] for step in sorted(steps, reverse=True))]
+    return next((found for place in places if (found := read_json(place / "config.json"))), {})
+
+
+def _manifest(directory, record):
+    """The manifest of the prepared set, from where the run says it is; empty where that is another set now."""
+    asked = json.loads((directory / "run.json").read_text(encoding="utf-8")).get("arguments", {}).get("prepared_dir")
+    found = read_json((Path(asked) if asked else directory / "prepared") / "manifest.json", {})
+    return found if found.get("fingerprint") == (record.get("data") or {}).get("fingerprint") else {}
+
+
+def _table(path):
+    """Rows of a CSV; value, low and high are floats, or None where there is no finite number."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for key in ("value", "low", "high"):
+            row[key] = float(row[key]) if row.get(key) else None
+        row["settings"] = json.loads(row.get("settings") or "{}")
+    return clean(rows)
+
+
+def _pictures(report):
+    page = report / "report.md"
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    shown = re.findall(r"^!\[([^\]\n]*)\]\(([\w.-]+\.png)\)$", text, flags=re.MULTILINE)
+    return [(f"report/{name}", clean_text(alt)) for alt, name in shown if (report / name).is_file()]
