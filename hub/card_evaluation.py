@@ -100,7 +100,8 @@ def eval_results(run):
     found = [(mine, key, scored.get(key), settings) for key in COMPARED]
     label = own_label(run)
     for row in run.compared:
-        if row["model"] == label and row["metric"] in COMPARED:
+        again = bool(scored) and row["data"].startswith("held_out (")  # the set's own held-out text, as above
+        if row["model"] == label and row["metric"] in COMPARED and not again:
             where = {"task_type": "text-generation", "dataset_type": "text", "dataset_name": row["data"]}
             found.append((where, row["metric"], row["value"], row["settings"]))
     results = [

@@ -109,8 +109,8 @@ def data(run):
     rows = [[split, *(number(entry.get(name)) for name in names)] for split, entry in splits.items()]
     parts.append(table(["split", *names[:3], "rows", "fill", "documents cut"], rows))
     if run.from_stream:
-        parts.append("Trained straight from the stream of the text: the table counts only its first documents, of "
-                     "which the held-out ones and the unigram model are. Passes over the text were not counted.")  # fmt: skip
+        said = "Trained straight from the stream of the text: the table counts only its first documents, which gave "
+        parts.append(said + "the held-out ones and the unigram model. Unique tokens and epochs were not counted.")
     train, block, seen = splits.get("train") or {}, arguments.get("block_size"), run.tokens_seen
     if seen and train.get("blocks") and block and not run.from_stream:
         there = train["blocks"] * block
@@ -168,7 +168,7 @@ def curves(run):
 
 
 def picture(path, alt):
-    return f"![{re.sub(r'([][<>`*_!&|-])', lambda mark: chr(92) + mark[0], alt)}]({path})"
+    return f"![{re.sub(r'([][<>`*_&])', lambda mark: chr(92) + mark[0], alt)}]({path})"
 
 
 def samples(run):
@@ -209,8 +209,8 @@ def intended_use(run):
     """What a base model is for, and what nobody looked at."""
     window = run.arguments.get("block_size")
     benchmarks = "" if run.scores else ", knowledge (no benchmark was run)"
-    return section("Intended use and limits", f"""A base model: it continues a text. It was not trained to follow instructions or to chat, and has no chat template. For
-research, teaching, and as a start for training of your own; not for advice or decisions.
+    return section("Intended use and limits", f"""A base model: it continues a text. It was not trained to follow instructions or to chat. For research, teaching,
+and as a start for training of your own; not for advice or decisions.
 
 - What it writes can be false, offensive or copied from its training data; nobody filtered it.
 - Rows of {number(window)} tokens were trained: nothing is known of longer texts.
@@ -225,7 +225,9 @@ def provenance(run):
     rows = {
         "code": f"smolpretrain, commit {code(record.get('git_commit') or 'unknown')}",
         "versions": versions,
-        "trained on": f"{code(hardware)}, {number(run.ranks)} ranks" if hardware and run.ranks else "not recorded",
+        "trained on": f"{code(hardware)}, {number(run.ranks)} rank{'s'[: run.ranks - 1]}"
+        if hardware and run.ranks
+        else "not recorded",
         "throughput": f"{number(run.result.get('tokens_per_second'))} tokens/s" if run.result else "",
         "compared on": code(made["hardware"]) if made.get("hardware") else "",
         "data fingerprint": code((record.get("data") or {}).get("fingerprint")),
