@@ -209,12 +209,14 @@ def intended_use(run):
     """What a base model is for, and what nobody looked at."""
     window = run.arguments.get("block_size")
     benchmarks = "" if run.scores else ", knowledge (no benchmark was run)"
-    return section("Intended use and limits", f"""A base model: it continues a text. It was not trained to follow instructions or to chat. For research, teaching,
-and as a start for training of your own; not for advice or decisions.
-
-- What it writes can be false, offensive or copied from its training data; nobody filtered it.
-- Rows of {number(window)} tokens were trained: nothing is known of longer texts.
-- Not measured: {NOT_MEASURED}{benchmarks}.""")  # fmt: skip
+    return section(
+        "Intended use and limits",
+        "A base model: it continues a text. It was not trained to follow instructions or to chat. For research, "
+        "teaching, and as a start for training of your own; not for advice or decisions.",
+        "- What it writes can be false, offensive or copied from its training data; nobody filtered it.\n"
+        f"- Rows of {number(window)} tokens were trained: nothing is known of longer texts.\n"
+        f"- Not measured: {NOT_MEASURED}{benchmarks}.",
+    )
 
 
 def provenance(run):
@@ -225,9 +227,7 @@ def provenance(run):
     rows = {
         "code": f"smolpretrain, commit {code(record.get('git_commit') or 'unknown')}",
         "versions": versions,
-        "trained on": f"{code(hardware)}, {number(run.ranks)} rank{'s'[: run.ranks - 1]}"
-        if hardware and run.ranks
-        else "not recorded",
+        "trained on": f"{code(hardware)}, ranks: {number(run.ranks)}" if hardware and run.ranks else "not recorded",
         "throughput": f"{number(run.result.get('tokens_per_second'))} tokens/s" if run.result else "",
         "compared on": code(made["hardware"]) if made.get("hardware") else "",
         "data fingerprint": code((record.get("data") or {}).get("fingerprint")),
