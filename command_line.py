@@ -67,9 +67,14 @@ def parse_args(argv, dataclasses):
         try:
             parsed.append(cls(**{key: value for key, value in values.items() if names[key] is cls}))
         except ValueError as error:
-            origin = given[key].origin if (key := str(error).split(" ", 1)[0]) in given else None
-            raise ValueError(f"{origin}: {error}" if origin else str(error)) from error
+            raise ValueError(place(str(error), given)) from error
     return tuple(parsed)
+
+
+def place(sentence, given):
+    """The sentence with its file (or "command line") before it, where it begins with a key that was given."""
+    key = re.match(r"\w*", sentence)[0]
+    return f"{given[key].origin}: {sentence}" if key in given else sentence
 
 
 def resolve(parsed):

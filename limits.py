@@ -6,6 +6,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
@@ -63,6 +64,7 @@ def check(args):
     _check_choices(args)
     _check_environment(args)
     _check_optimizer(args)
+    _check_compilation(args)
 
 
 def _check_ranges(args):
@@ -129,3 +131,12 @@ def _check_optimizer(args):
         raise ValueError(
             f"lr_scheduler_kwargs = {json.dumps(options)} do not fit lr_scheduler_type = {name}: {error}."
         ) from None
+
+
+def _check_compilation(args):
+    """torch.compile's backend must be known to torch and to accelerate; both would say so after the model is built."""
+    if args.torch_compile_backend is not None:
+        known = {backend.value.lower() for backend in DynamoBackend} & {*torch.compiler.list_backends(exclude_tags=())}
+        one_of("torch_compile_backend", args.torch_compile_backend, sorted(known))
+    if args.torch_compile_mode is not None:
+        one_of("torch_compile_mode", args.torch_compile_mode, list(torch._inductor.list_mode_options()))

@@ -35,7 +35,7 @@ from transformers.trainer_utils import IntervalStrategy
 if __package__:
     from . import ds_configs
     from .arguments import FREE_ON_RESUME, SAME_ON_RESUME, SCHEDULE, DataArguments, ModelArguments, PretrainArguments
-    from .command_line import parse_args, resolve
+    from .command_line import collect, parse_args, place, resolve
     from .data import corpus, packing, prepare, stream, tokenization
     from .eval import generation, judge
     from .eval import report as run_report
@@ -44,7 +44,7 @@ if __package__:
 else:
     import ds_configs
     from arguments import FREE_ON_RESUME, SAME_ON_RESUME, SCHEDULE, DataArguments, ModelArguments, PretrainArguments
-    from command_line import parse_args, resolve
+    from command_line import collect, parse_args, place, resolve
     from data import corpus, packing, prepare, stream, tokenization
     from eval import generation, judge
     from eval import report as run_report
@@ -283,9 +283,11 @@ def main(argv=None):
 
 def story(argv):
     """Text to tokens to rows to a model to its score."""
-    debug = "debug=true" in argv
+    debug, given = "debug=true" in argv, {}
     try:
-        arguments = parse_args([word for word in argv if word != "debug=true"], ARGUMENTS)
+        words = [word for word in argv if word != "debug=true"]
+        arguments = parse_args(words, ARGUMENTS)
+        given = collect(words)
         model_args, data_args, args = arguments
         space.check_writable(args.output_dir)
         ranks.bound_waiting(args.ddp_timeout)
@@ -297,7 +299,7 @@ def story(argv):
         model.choose_attention(model_args.attn_implementation, args.device, config)
         generation.read_prompts(args.sample_prompts)
         if RANK == 0 and model_args.init_from:
-            model.weight_files(model_args.init_from)
+            model.check_weights(model_args.init_from, config)
         tokenizer, prepared_dir = prepare_data(model_args, data_args, args, config)
         sets = load_sets(data_args, args, tokenizer, prepared_dir, share)
         checkpoint_bytes = space.check_start(args, config, len(sets[0]), say)
@@ -315,7 +317,7 @@ def story(argv):
     except (ValueError, OSError) as error:
         if debug:
             raise
-        fail(error, getattr(error, "status", 2))
+        fail(place(str(error), given), getattr(error, "status", 2))
     if args.deepspeed and args.use_cpu and (sentence := ds_configs.say_if_unbuilt(remove_stale_lock=RANK == 0)):
         say(sentence)
     made, log = make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, prepared_dir)

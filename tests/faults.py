@@ -34,7 +34,12 @@ IN_CHECKPOINT = re.compile(r"checkpoint-\d+(/|$)")
 class Fault(TrainerCallback):
     """Points: prepare, begin, substep, step, prediction, end (after training), and in checkpoints file (each written)
     and rotation (each removed).
+
+    Does: kill all, raise, sleep SECONDS, SIGTERM ... to this rank, group SIGTERM to all ranks and their children, await
+    stop until this rank has heard why to stop, count.
     """
+
+    stop = None
 
     def __init__(self, point, at, do, fired, rank=0):
         self.point, self.at, self.do, self.fired = point, at, do, Path(fired)
@@ -56,6 +61,12 @@ class Fault(TrainerCallback):
             raise torch.OutOfMemoryError("out of memory, as injected")
         elif self.do.startswith("sleep"):
             time.sleep(float(self.do.split()[1]))
+        elif self.do == "await stop":
+            end = time.monotonic() + 120
+            while not self.stop.heard and time.monotonic() < end:
+                time.sleep(0.05)
+        elif self.do.startswith("group"):
+            os.killpg(0, getattr(signal, self.do.split()[1]))
         elif self.do.startswith("SIG"):
             for name in self.do.split():
                 os.kill(os.getpid(), getattr(signal, name))
@@ -129,6 +140,13 @@ def run(words, fault=None, rows=None):
             made, log = make(*args)
             made.add_callback(injected)
             return made, log
+
+        class Stop(run_pretrain.guards.StopTogether):
+            def __init__(self, *args):
+                super().__init__(*args)
+                injected.stop = self
+
+        run_pretrain.guards.StopTogether = Stop
 
         run_pretrain.make_trainer = make_trainer
     run_pretrain.main(words)

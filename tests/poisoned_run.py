@@ -1,6 +1,7 @@
 """run_pretrain.py with a fault inside, launched as a user launches it: `deepspeed tests/poisoned_run.py fault={...}`.
 
-    nan_row, spike_row: the loss of each micro-batch that holds this row of the training set is NaN, or times 10
+    nan_row, spike_row: the loss of each micro-batch that holds this row of the training set is NaN, or times 10, the
+        latter from step spike_from on
     nan_from, gradient_from: from this step on, loss or gradient of `rank` are not finite
     weights_from: once this many steps are done, the embedding of `rank` is NaN
     limit_from: from this step on, `rank` (null: all) can write no file of more than `limit` bytes
@@ -22,7 +23,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import run_pretrain
 
-FAULT = {"rank": run_pretrain.RANK, "nan_row": None, "spike_row": None, "witness": None}
+FAULT = {"rank": run_pretrain.RANK, "nan_row": None, "spike_row": None, "spike_from": 46, "witness": None}
 FAULT |= {"nan_from": math.inf, "gradient_from": math.inf, "weights_from": math.inf, "limit_from": math.inf, "limit": 0}
 make_trainer = run_pretrain.make_trainer
 
@@ -53,7 +54,7 @@ class Witness(TrainerCallback):
         self.seen.append(rows)
         if FAULT["nan_row"] in rows or self.ill("nan_from"):
             outputs.loss = outputs.loss * math.nan
-        if FAULT["spike_row"] in rows and self.trainer.state.global_step >= 45:
+        if FAULT["spike_row"] in rows and self.trainer.state.global_step + 1 >= FAULT["spike_from"]:
             outputs.loss = outputs.loss * 10
 
     def on_gradient(self, gradient):
@@ -71,7 +72,10 @@ class Witness(TrainerCallback):
         moments = [v for entry in optimizer.state.values() for v in entry.values() if torch.is_tensor(v)]
         masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         line = {"step": state.global_step, "rows": self.seen, "loss": self.trainer.divergence.mean.item()}
-        line |= {"weights": digest(model.parameters()), "optimizer": digest([*masters, *moments])}
+        line |= {
+            "weights": digest(getattr(p, "ds_tensor", p) for p in model.parameters()),
+            "optimizer": digest([*masters, *moments]),
+        }
         self.seen = []
         with open(Path(FAULT["witness"], f"rank{run_pretrain.RANK}.jsonl"), "a") as file:
             file.write(json.dumps(line) + "\n")

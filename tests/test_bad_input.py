@@ -72,6 +72,13 @@ def places(corpus_file, tmp_path_factory):
     shutil.copytree(found["run"] / "prepared", found["flipped"])
     shard = max(found["flipped"].rglob("*.arrow"), key=lambda path: path.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-100])
+    found["other"] = where / "other.jsonl"
+    found["other"].write_text("".join(corpus_file.read_text().splitlines(keepends=True)[:200]))
+    found["harmed"] = where / "harmed"
+    shutil.copytree(found["run"] / "checkpoint-2", found["harmed"])
+    weights = bytearray((found["harmed"] / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (found["harmed"] / "model.safetensors").write_bytes(weights)
     found["stranger"] = where / "stranger"
     shutil.copytree(found["run"] / "checkpoint-2", found["stranger"])
     (found["stranger"] / "manifest.json").unlink()
@@ -169,6 +176,12 @@ ROWS = [
     ("B13", ["save_strategy=best"], "save_strategy = 'best' is not one of no, steps, epoch."),
     ("B13", ["use_cache=true"], "use_cache must be false, got true: packed rows would attend across documents"),
     ("B13", ["auto_find_batch_size=true"], "auto_find_batch_size must be false, got true: it would change the batch"),
+    (
+        "B13",
+        ["torch_compile_backend=inductr"],
+        "command line: torch_compile_backend = 'inductr' is not one of aot_eager, ",
+    ),
+    ("B13", ["torch_compile_mode=fast"], "torch_compile_mode = 'fast' is not one of default, "),
     ("B13", ["report_to=wandb"], "report_to = wandb needs wandb, which is not installed: pip install wandb."),
     (
         "B15",
@@ -184,7 +197,7 @@ ROWS = [
         ["model_name=smollm3"],
         "model_name = smollm3 is not a directory, a Hub id (user/name) or one of smollm2-1m",
     ),
-    ("B18", ["model_name="], "model_name = is not a directory"),
+    ("B18", ["model_name="], "command line: model_name = is not a directory"),
     ("B19", ["tokenizer_name={large}"], "tokens, the model 512 (config vocab_size): set config_overrides="),
     ("B19", [overrides(vocab_size=100)], "vocab_size must be at least 273 (17 special tokens and 256 bytes), got 100."),
     ("B20", ["prepared_dir={run}/prepared", "tokenizer_name={large}", overrides(vocab_size=768)], "tokenizer"),
@@ -205,6 +218,14 @@ ROWS = [
     ("B34", ["resume={none}"], "resume = "),
     ("B35", ["resume={run}/checkpoint-2", overrides(hidden_size=128)], "hidden_size = 64, now it is 128"),
     ("B36", ["resume={run}"], "init_from="),
+    ("B35", ["init_from={bare}"], "command line: init_from = "),
+    ("B35", ["init_from={harmed}"], "model.safetensors is damaged: it is not what its manifest.json says."),
+    (
+        "B35",
+        ["init_from={run}", overrides(hidden_size=128)],
+        "is [512, 64], model_name and config_overrides make it [512",
+    ),
+    ("F28", ["resume={run}/checkpoint-2", "data_files={other}"], "was trained with data = "),
     ("B37", ["resume={run}/checkpoint-2", "optim=adamw_torch_fused"], 'optim = "adamw_bnb_8bit", now it is "adamw_'),
     ("B40", ["output_dir={corpus}"], "documents.jsonl cannot be written: File exists. Name another."),
     ("B40", ["output_dir={corpus}/sub"], "documents.jsonl/sub cannot be written: Not a directory. Name another."),
@@ -240,10 +261,12 @@ def test_every_mistake_is_one_line_that_names_it_with_status_2_and_nothing_is_wr
     refuse, monkeypatch, places, row, words, reason
 ):
     monkeypatch.setenv("WANDB_API_KEY", ENVIRONMENT_SECRET)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever is asked whether to run a stranger's code says yes
     message = refuse(words)
     assert reason in message
     assert TOKEN not in message and ENVIRONMENT_SECRET not in message and "password@" not in message
     assert not (places["where"] / "ran").exists()  # no code of a stranger's
+    assert not words[0].startswith("init_from") or not Path("out", "prepared").exists()  # nothing was spent
 
 
 @pytest.mark.parametrize(
@@ -255,6 +278,12 @@ def test_every_mistake_is_one_line_that_names_it_with_status_2_and_nothing_is_wr
         ("B5", "[1]", "args.json: must hold one JSON object, holds a list."),
         ("B5", '{\n"max_steps": 1 // short\n}', "args.json: not JSON at line 2"),
         ("B5", b'{"model_name": "\xe9"}', "args.json: not UTF-8 at byte 16. Save it as UTF-8."),
+        ("B34", '{"resume": "nowhere"}', "args.json: resume = nowhere is not auto, never or a directory."),
+        (
+            "B35",
+            '{"init_from": "nowhere"}',
+            "args.json: init_from = nowhere is not a directory with .safetensors files.",
+        ),
         ("B41", json.dumps({"run_name": TOKEN}), "args.json: run_name holds an access token"),
         ("B41", json.dumps({"hub_token": TOKEN}), "args.json: hub_token holds an access token"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -113,6 +114,22 @@ def test_a_damaged_file_is_named_and_the_one_before_is_taken(tmp_path, name, har
     shutil.rmtree(tmp_path / "checkpoint-10")
     with pytest.raises(resume.Damaged, match=f"is whole: .*{file.name} is (missing|damaged)"):
         choose(tmp_path)
+
+
+def test_a_manifest_that_was_not_written_to_its_end_does_not_count(tmp_path):
+    make(tmp_path, 10)
+    path = make(tmp_path, 20, finished=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoints.commit(path, 0, 1, step=20, tokens_seen=200, **RUN.facts())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    found, passed = choose(tmp_path)
+    assert found.endswith("checkpoint-10") and passed[0].endswith("it was never finished (no manifest.json).")
 
 
 def test_a_damaged_manifest_is_named(tmp_path):
@@ -274,6 +291,7 @@ def test_a_directory_that_cannot_be_removed_is_said_and_training_goes_on(tmp_pat
     assert checkpoints.rotate(tmp_path, 2) == [
         f"{tmp_path / 'checkpoint-1'} could not be removed (Permission denied): it still takes disk space."
     ]
+    assert checkpoints.finished(tmp_path) == [tmp_path / "checkpoint-3", tmp_path / "checkpoint-2"]  # half is none
 
 
 HOLD = """
@@ -408,6 +426,18 @@ def test_init_from_takes_the_weights_and_names_the_first_tensor_that_does_not_fi
 def test_an_error_that_only_tells_of_another_rank_is_known_as_one(message):
     assert ranks.LOST.search(message)
     assert not ranks.LOST.search("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_a_second_signal_of_another_kind_changes_nothing(tmp_path):
+    before = {number: signal.getsignal(number) for number in guards.SIGNALS}
+    try:
+        stop = guards.StopTogether(tmp_path)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert stop.heard == "SIGTERM"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_worker_ignores_the_signals_and_the_rank_does_not():

@@ -133,6 +133,30 @@ def test_a_save_that_falls_on_a_bad_step_waits_for_the_next_good_one(tmp_path):
     assert saved(tmp_path) == [2, 5, 6, 8]
 
 
+def test_what_a_killed_save_left_of_a_step_is_no_part_of_the_checkpoint_that_takes_its_place(tmp_path):
+    (tmp_path / "checkpoint-4" / "global_step4").mkdir(parents=True)
+    left = [tmp_path / "checkpoint-4" / name for name in ("old.pt", "global_step4/old.pt", "optimizer.pt")]
+    for path in left:
+        path.write_bytes(b"unfinished")
+    train(tmp_path, "loss", {1}, max_steps=4)
+    assert saved(tmp_path) == [2, 4] and [path.exists() for path in left] == [False, False, True]
+
+
+def test_another_learning_rate_is_in_force_from_the_first_step_on(tmp_path):
+    class Rates(Fault):
+        def on_step_begin(self, args, state, control, **kwargs):
+            super().on_step_begin(args, state, control, **kwargs)
+            groups = self.trainer.optimizer.param_groups
+            rates.append((state.global_step + 1, {group["lr"] for group in groups}))
+
+    rates = []
+    words = {"fault_class": Rates, "lr_scheduler_type": "constant"}
+    train(tmp_path / "a", "loss", {1}, max_steps=4, **words)
+    train(tmp_path / "b", "loss", {6}, max_steps=6, resume_from=tmp_path / "a" / "checkpoint-4", learning_rate=5e-3,
+          **words)  # fmt: skip
+    assert rates == [(step, {1e-2}) for step in (1, 2, 3, 4)] + [(step, {5e-3}) for step in (5, 6)]
+
+
 def test_the_rows_are_found_again_in_every_epoch_and_where_its_last_step_is_short(tmp_path):
     class Seen(Fault):
         def after_forward(self, network, args, outputs):
@@ -248,6 +272,23 @@ def test_under_zero_2_a_skipped_step_leaves_every_bit_of_both_ranks_and_the_lear
         rate = 3e-3 * (step - 1) / 3 if step <= 3 else 1.5e-3 * (1 + math.cos(math.pi * done))
         assert row["learning_rate"] == pytest.approx(rate, rel=1e-9)
     assert json.loads((output_dir / "run.json").read_text())["result"]["skipped_steps"] == len(bad)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero1", "zero2_offload", "zero3"])
+def test_under_every_other_zero_a_skipped_step_leaves_every_bit_of_both_ranks_too(poison, config):
+    """Row 5 makes its micro-batch's loss NaN, row 9 in the last epoch ten times itself."""
+    fault = {"nan_row": 5, "spike_row": 9, "spike_from": 41}
+    words = ["on_spike=skip", "max_steps=48", "save_strategy=no", f"deepspeed=ds_configs/{config}.json"]
+    output_dir, seen, _ = poison(fault, *words)
+    bad = rows_of_metrics(output_dir, "bad_step")
+    assert sum("far above" in row["bad_step"] for row in bad.values()) == 1 and len(bad) >= 6
+    for part in seen:
+        assert len(part) == 48
+        for before, after in pairwise(part):
+            unchanged = before["weights"] == after["weights"] and before["optimizer"] == after["optimizer"]
+            assert unchanged == (after["step"] in bad), after["step"]
+    assert rows_of_metrics(output_dir, "skipped_steps")[48]["skipped_steps"] == len(bad)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from conftest import BIN, ROOT, free_port
 from safetensors.torch import load_file
 from test_checkpoints import metadata  # noqa: F401, a fixture
 
-from smolpretrain.training import checkpoints, lock, spot
+from smolpretrain.training import checkpoints, lock
 
 pytestmark = pytest.mark.slow
 
@@ -218,25 +218,27 @@ class Killer:
 
 
 def test_signals_at_every_point_stop_all_ranks_and_the_run_ends_bit_identical(left_alone, words, where, ranks):
-    output_dir = where / "signalled"
+    output_dir, lines = where / "signalled", [*words, "dataloader_num_workers=1"]
     before, steps = ranks.times_fired(), []
     for point, at, rank, signals in (
         ("prepare", 1, 0, "SIGTERM"),
-        ("begin", 1, 1, "SIGUSR1"),
-        ("substep", 2, 1, "SIGTERM SIGTERM SIGINT"),  # a second changes nothing
+        ("begin", 1, 1, "SIGTERM SIGUSR1 SIGINT"),  # a second changes nothing
+        ("substep", 2, 1, "group SIGTERM"),  # as launchers do: ranks and their workers
         ("prediction", 2, 1, "SIGINT"),
+        ("prediction", 1, 0, "SIGTERM"),  # in what the one before owed: no step is taken
         ("file", 4, 0, "SIGTERM"),
         ("end", 1, 0, "SIGTERM"),
     ):
         fault = {"point": point, "at": at, "rank": rank, "do": signals}
-        statuses, text = ranks.run(output_dir, words, fault)
+        statuses, text = ranks.run(output_dir, lines, fault)
         assert statuses == [75, 75], (point, text[-2000:])
         assert "Traceback" not in text
         if point not in ("prepare", "end"):
             steps.append(assert_stopped_whole(output_dir, text))
-    assert ranks.times_fired() - before == 6
-    assert steps == sorted(set(steps))
-    assert steps[2] % 4 == 0 and steps[3] % SAVE == 0  # in the evaluation, and after the save, not a step later
+    assert ranks.times_fired() - before == 7
+    begun, substep, evaluation, owed, save = steps
+    assert begun < substep < evaluation == owed < save
+    assert evaluation % 4 == 0 and save % SAVE == 0  # in the evaluation, and after the save, not a step later
     assert ranks.run(output_dir, words)[0] == [0, 0]
     assert_equal_runs(left_alone, output_dir)  # so the held-out loss that was cut short was made up
     assert len(metrics(output_dir, "eval_loss")) >= STEPS // 4
@@ -316,7 +318,7 @@ def test_stop_and_save_files_are_heard(words, where, ranks):
 def test_a_spot_notice_stops_the_run(words, where, ranks, metadata):  # noqa: F811
     output_dir = where / "spot"
     metadata.script = [404, 200]
-    pause = {"point": "substep", "at": 2, "do": f"sleep {2 * spot.POLL_SECONDS + 1}"}
+    pause = {"point": "substep", "at": 2, "do": "await stop"}
     statuses, text = ranks.run(output_dir, [*words, f"spot_notice_url={metadata.url}"], pause)
     assert statuses == [75, 75] and "(the cloud's notice that it takes this machine back)" in text, text[-2000:]
     assert metadata.polls == ["a token"] * 2 and assert_stopped_whole(output_dir, text) <= 3
@@ -336,7 +338,7 @@ def test_a_rank_that_raises_ends_the_run_and_its_error_is_shown_first_and_once(w
 
 
 @pytest.mark.parametrize("do", ["sleep 1000", "SIGKILL"])
-def test_a_rank_that_hangs_or_is_killed_ends_the_run_and_is_named(words, where, ranks, do):
+def test_a_rank_that_hangs_or_is_killed_ends_the_run_and_is_named(left_alone, words, where, ranks, do):
     output_dir, before = where / do.split()[0], ranks.times_fired()
     fault = {"point": "substep", "at": 5, "rank": 1, "do": do}
     statuses, text = ranks.run(output_dir, [*words, "ddp_timeout=10"], fault, grace=2)
@@ -345,6 +347,9 @@ def test_a_rank_that_hangs_or_is_killed_ends_the_run_and_is_named(words, where, 
     assert text.count("error: rank 0 at step 5: rank 1 does not answer: killed (out of memory?) or hanging.") == 1
     assert "Traceback" not in text
     assert checkpoints.verify(output_dir / "checkpoint-3")
+    if do == "SIGKILL":
+        assert ranks.run(output_dir, words)[0] == [0, 0]
+        assert_equal_runs(left_alone, output_dir)
 
 
 def test_two_runs_cannot_share_an_output_dir(words, where, ranks):
@@ -402,10 +407,11 @@ def test_another_learning_rate_is_refused_and_once_allowed_it_is_in_force(left_a
     assert rates[STEPS] == metrics(left_alone, "learning_rate")[STEPS]
 
 
-def test_a_new_run_from_a_checkpoint_s_weights_says_so(left_alone, words, where, ranks):
-    origin = left_alone / f"checkpoint-{STEPS}"
-    fresh = where / "from"
-    statuses, text = ranks.run(fresh, [*words, "max_steps=2", "warmup_steps=1", f"init_from={origin}", "seed=1"])
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_a_new_run_from_a_checkpoint_s_weights_says_so(left_alone, words, where, ranks, config):
+    origin, fresh = left_alone / f"checkpoint-{STEPS}", where / f"from-{config}"
+    lines = [*words, "max_steps=2", "warmup_steps=1", f"init_from={origin}", "seed=1"]
+    statuses, text = ranks.run(fresh, [*lines, f"deepspeed=ds_configs/{config}.json"])
     assert statuses == [0, 0], text[-2000:]
     assert f"parameters from {origin}; sdpa" in text and "from random weights" not in text
     assert "as random weights should give" not in text and "not fresh random weights" not in text
@@ -424,13 +430,19 @@ def rows_by_step(directory):
     return {step: sorted(digests) for step, digests in rows.items()}
 
 
-def test_ddp_on_fewer_ranks_keeps_the_global_batch_row_by_row(words, where, ranks):
-    alone, moved = where / "ddp", where / "moved"
-    plain = [*words, *PLAIN]
-    for name in ("rows-alone", "rows-moved"):
-        (where / name).mkdir()
-    statuses, text = ranks.run(alone, plain, rows=str(where / "rows-alone"))
+@pytest.fixture(scope="module")
+def ddp(words, where, ranks):
+    """A run of two ranks without DeepSpeed that notes each row in rows-alone."""
+    (where / "rows-alone").mkdir()
+    statuses, text = ranks.run(where / "ddp", [*words, *PLAIN], rows=str(where / "rows-alone"))
     assert statuses == [0, 0], text[-2000:]
+    return where / "ddp"
+
+
+def test_ddp_on_fewer_ranks_keeps_the_global_batch_row_by_row(ddp, words, where, ranks):
+    moved = where / "moved"
+    plain = [*words, *PLAIN]
+    (where / "rows-moved").mkdir()
     stop = {"point": "substep", "at": 5, "do": "SIGTERM"}  # in the middle of an epoch
     assert ranks.run(moved, plain, stop, rows=str(where / "rows-moved"))[0] == [75, 75]
     statuses, text = ranks.run(moved, plain, world=1, rows=str(where / "rows-moved"))
@@ -438,15 +450,14 @@ def test_ddp_on_fewer_ranks_keeps_the_global_batch_row_by_row(words, where, rank
     assert "ranks 2 -> 1, gradient_accumulation_steps 2 -> 4." in text
     taken = rows_by_step(where / "rows-alone")
     assert taken == rows_by_step(where / "rows-moved") and len(taken) == STEPS
-    for step, (loss, rate, _) in losses(alone).items():
+    for step, (loss, rate, _) in losses(ddp).items():
         assert losses(moved)[step][1] == rate
         assert losses(moved)[step][0] == pytest.approx(loss, abs=2e-2)
 
 
-def test_an_epoch_repeats_no_row_and_says_what_it_leaves_out(words, where, ranks):
-    """After the test above, which noted every row of a run of two ranks."""
+def test_an_epoch_repeats_no_row_and_says_what_it_leaves_out(ddp, where):
     taken = rows_by_step(where / "rows-alone")
-    blocks = json.loads((where / "ddp" / "run.json").read_text())["data"]["splits"]["train"]["blocks"]
+    blocks = json.loads((ddp / "run.json").read_text())["data"]["splits"]["train"]["blocks"]
     together, a_step = 2 * 4, 2 * 2 * 4
     used = blocks // together * together
     assert used != blocks  # uneven, or this shows nothing

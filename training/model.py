@@ -204,23 +204,32 @@ def weight_files(path):
     return files
 
 
-def model_from(path, config, attn_implementation):
-    """The model with the weights of a checkpoint or model directory, in float32; nothing is unpickled.
+def check_weights(path, config):
+    """Hold the weights of a checkpoint or model directory against the architecture, by their names and shapes.
 
     Raises:
-        ValueError: There are none, or the first tensor that is missing or has another shape.
+        ValueError: As weight_files, and for the first tensor that is missing or has another shape.
     """
     found = {}
     for file in weight_files(path):
         with safe_open(file, "pt") as tensors:
             found |= {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"):  # by its class: from_config would share it out under ZeRO-3
+        network = AutoModelForCausalLM._model_mapping[type(config)](config)
     tied = network._tied_weights_keys or {} if config.tie_word_embeddings else {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         if found.get(name) != (shape := list(parameter.shape)) and not (name in tied and name not in found):
             there = f"{name} is {found[name]}" if name in found else f"there is no {name}"
             raise ValueError(f"init_from = {path}: {there}, model_name and config_overrides make it {shape}.")
+
+
+def model_from(path, config, attn_implementation):
+    """The model with the weights of a checkpoint or model directory, in float32; nothing is unpickled.
+
+    Raises:
+        ValueError: As check_weights.
+    """
+    check_weights(path, config)
     config._name_or_path = ""
     return AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=torch.float32, attn_implementation=attn_implementation, use_safetensors=True

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 # Gloo's and NCCL's words for a rank that does not answer any more.
 LOST = re.compile(r"closed by (?:the )?peer|reset by peer|Broken pipe|refused|timed out|timeout|remote process", re.I)
 STORE_SECONDS = 10  # a store that answers does so in milliseconds
+MEETING_SECONDS = 1800  # the ranks of a launch meet within, or torch ends them (its default_pg_timeout)
 
 
 def _store():
@@ -62,11 +63,16 @@ def forget_shared_buffer(rank):
 
     It has 66 MiB a rank and a launch's port in its name, so that every port leaves others (DeepSpeed 0.19.8 on a CPU).
     Call it before DeepSpeed makes it, where a killed run has left one, and once all ranks have opened it: it then lives
-    as long as they do.
+    as long as they do. What is older than MEETING_SECONDS goes with it, whosever of this user it is: of a run that was
+    killed before its first step, or in use and needing its name no more.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
+    of_user = f"deepspeed_allreduce_buffer_{os.getuid()}_"
+    for path in Path("/dev/shm").glob(f"{of_user}*"):
+        with contextlib.suppress(FileNotFoundError):
+            old = time.time() - path.stat().st_mtime > MEETING_SECONDS
+            if old or path.name == f"{of_user}{address}_{port}_{rank}":
+                path.unlink()
 
 
 class Begun(TrainerCallback):

@@ -1,0 +1,83 @@
+"""Two ranks with a real process group and no model, which fail in every way: python tests/failing_ranks.py DIRECTORY
+
+Imports once, forks two ranks a case, and prints {case: [statuses, what both wrote]} as JSON.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.distributed as dist
+
+from training import ranks, space
+
+WORLD = 2
+
+
+def fail(case, rank):
+    """One rank's part of a case; the other is in a collective then, or fails as well."""
+    if case == f"rank {rank} raises" or case == "both raise":
+        raise KeyError(f"boom of {rank}")
+    if case == "both meet a full disk":
+        raise space.NoSpace("the disk is full.")
+    if case == "rank 1 leaves, rank 0 was asked to stop" and rank == 1:
+        os._exit(0)
+    if case == f"rank {rank} is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if case == "rank 1 hangs" and rank == 1:
+        time.sleep(600)
+    dist.all_reduce(torch.zeros(1))
+
+
+def rank_process(case, rank, port, log):
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1), os.dup2(1, 2)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    asked = case.endswith("asked to stop") and rank == 0
+    with ranks.one_error(rank, WORLD, lambda: "at step 7", lambda: asked):
+        dist.init_process_group("gloo", timeout=timedelta(seconds=90))
+        other = dist.new_group()
+        dist.barrier()
+        if case == "rank 1 hangs":
+            ranks.bound_waiting(1)
+            if rank == 0:
+                try:
+                    dist.all_reduce(torch.zeros(1), group=other)
+                except RuntimeError as error:
+                    print(f"in a group of its own: {error}", flush=True)
+        fail(case, rank)
+
+
+def run(case, log):
+    """Fork the ranks of a case and wait for both; one that hangs is ended once the other has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(WORLD):
+        if (pid := os.fork()) == 0:
+            try:
+                rank_process(case, rank, port, log)
+            finally:
+                os._exit(99)  # one_error ends a rank that fails
+        pids.append(pid)
+    statuses = {}
+    while len(statuses) < WORLD:
+        pid, status = os.wait()
+        statuses[pid] = os.waitstatus_to_exitcode(status)
+        if case == "rank 1 hangs" and pids[1] not in statuses:
+            os.kill(pids[1], signal.SIGKILL)
+    return [statuses[pid] for pid in pids], log.read_text()
+
+
+if __name__ == "__main__":
+    cases = ["rank 0 raises", "rank 1 raises", "both raise", "both meet a full disk", "rank 0 is killed"]
+    cases += ["rank 1 is killed", "rank 1 leaves, rank 0 was asked to stop", "rank 1 hangs"]
+    print(json.dumps({case: run(case, Path(sys.argv[1], case)) for case in cases}))

@@ -1,0 +1,79 @@
+"""Ranks that fail show one error, and none waits for ever: real processes over gloo, without a model."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from smolpretrain.training import ranks
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """{case: (statuses of both ranks, what both wrote)}."""
+    where = tmp_path_factory.mktemp("failed")
+    command = [sys.executable, "tests/failing_ranks.py", where]
+    environment = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}  # or torch prints its frames
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rank_that_raises_shows_its_error_and_the_other_none(failed, rank):
+    statuses, text = failed[f"rank {rank} raises"]
+    assert statuses == [1, 1] and text.count("Traceback") == 1
+    assert f"rank {rank} failed at step 7:" in text and f"KeyError: 'boom of {rank}'" in text
+    assert "does not answer" not in text
+
+
+def test_of_two_ranks_that_raise_at_once_one_shows_its_error(failed):
+    statuses, text = failed["both raise"]
+    assert statuses == [1, 1] and text.count("Traceback") == 1 == text.count("KeyError: 'boom of")
+
+
+def test_an_error_with_a_status_is_one_line_and_the_status_of_both(failed):
+    statuses, text = failed["both meet a full disk"]
+    assert statuses == [5, 5] and text.splitlines() == ["run_pretrain.py: error: the disk is full."]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_is_named_by_the_other(failed, rank):
+    statuses, text = failed[f"rank {rank} is killed"]
+    assert statuses == ([-9, 1] if rank == 0 else [1, -9])
+    assert f"error: rank {1 - rank} at step 7: rank {rank} does not answer: killed" in text
+    assert len(text.splitlines()) == 1
+
+
+def test_a_rank_that_was_asked_to_stop_and_loses_another_says_nothing(failed):
+    assert failed["rank 1 leaves, rank 0 was asked to stop"] == [[1, 0], ""]
+
+
+def test_no_group_waits_longer_than_it_is_told_to(failed):
+    statuses, text = failed["rank 1 hangs"]
+    first, last = text.splitlines()
+    assert first.startswith("in a group of its own: ") and "1000ms" in first
+    assert "error: rank 0 at step 7: rank 1 does not answer" in last and "1000ms" in last
+    assert statuses == [1, -9]
+
+
+def test_a_shared_buffer_that_a_killed_run_has_left_is_removed_and_one_that_ranks_may_still_open_is_not(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "a test's")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    own, others, left = (
+        Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_a test's_{name}") for name in ("1_0", "1_1", "2_0")
+    )
+    try:
+        for path in (own, others, left):
+            path.touch()
+        os.utime(left, (time.time(), time.time() - ranks.MEETING_SECONDS - 1))
+        ranks.forget_shared_buffer(0)
+        assert [path.exists() for path in (own, others, left)] == [False, True, False]
+    finally:
+        for path in (own, others, left):
+            path.unlink(missing_ok=True)
