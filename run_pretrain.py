@@ -220,7 +220,7 @@ def make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, p
         train_dataset=sets[0],
         eval_dataset=sets[1],
         processing_class=tokenizer,
-        data_collator=guards.DeafInWorkers(collator),
+        data_collator=collator,
         callbacks=[log],
     )
     made.divergence.tell, made.measure = log.tell_bad_step, log.measure
@@ -318,6 +318,8 @@ def story(argv):
         if debug:
             raise
         fail(place(str(error), given), getattr(error, "status", 2))
+    except dist.DistNetworkError as error:
+        fail(ranks.cannot_meet(error))
     if args.deepspeed and args.use_cpu and (sentence := ds_configs.say_if_unbuilt(remove_stale_lock=RANK == 0)):
         say(sentence)
     made, log = make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, prepared_dir)

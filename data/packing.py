@@ -242,7 +242,7 @@ class PackedCollator:
 
 
 def _leave_signals_to_trainer() -> None:
-    """In a DataLoader worker, ignore SIGTERM and SIGINT.
+    """In a DataLoader worker, ignore SIGTERM, SIGINT and SIGUSR1.
 
     A launcher that stops a run signals the workers too, and a worker killed while the trainer saves its last
     checkpoint takes that checkpoint with it. Workers end with their parent in any case.
@@ -250,5 +250,5 @@ def _leave_signals_to_trainer() -> None:
     from torch.utils.data import get_worker_info
 
     if get_worker_info() is not None and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)

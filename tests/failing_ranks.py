@@ -26,7 +26,7 @@ def fail(case, rank):
     """One rank's part of a case; the other is in a collective then, or fails as well."""
     if case == f"rank {rank} raises" or case == "both raise":
         raise KeyError(f"boom of {rank}")
-    if case == "both meet a full disk":
+    if case in ("both meet a full disk", f"rank {rank} meets a full disk"):
         raise space.NoSpace("the disk is full.")
     if case == "rank 1 leaves, rank 0 was asked to stop" and rank == 1:
         os._exit(0)
@@ -42,9 +42,15 @@ def rank_process(case, rank, port, log):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     asked = case.endswith("asked to stop") and rank == 0
     with ranks.one_error(rank, WORLD, lambda: "at step 7", lambda: asked):
+        if case == "both raise before they have met":
+            raise KeyError(f"boom of {rank}")
         dist.init_process_group("gloo", timeout=timedelta(seconds=90))
         other = dist.new_group()
         dist.barrier()
+        left = Path(f"{log}.{rank}"), Path(f"{log}.{1 - rank}")
+        left[0].touch()
+        while not left[1].exists():  # or a rank that fails would break the barrier of one still in it
+            time.sleep(0.01)
         if case == "rank 1 hangs":
             ranks.bound_waiting(1)
             if rank == 0:
@@ -78,6 +84,7 @@ def run(case, log):
 
 
 if __name__ == "__main__":
-    cases = ["rank 0 raises", "rank 1 raises", "both raise", "both meet a full disk", "rank 0 is killed"]
-    cases += ["rank 1 is killed", "rank 1 leaves, rank 0 was asked to stop", "rank 1 hangs"]
+    cases = ["both raise", "both raise before they have met", "both meet a full disk"]
+    cases += [f"rank {rank} {what}" for what in ("raises", "meets a full disk", "is killed") for rank in range(WORLD)]
+    cases += ["rank 1 leaves, rank 0 was asked to stop", "rank 1 hangs"]
     print(json.dumps({case: run(case, Path(sys.argv[1], case)) for case in cases}))

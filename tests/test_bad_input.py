@@ -5,7 +5,9 @@ The rows' numbers are the design's. What only preparation, the Hub or the Space 
 
 import itertools
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -316,6 +318,19 @@ def test_half_an_environment_of_a_launcher_is_named(refuse, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     assert "WORLD_SIZE = 2 is in the environment, but not RANK and LOCAL_RANK: launch with" in refuse([])
+
+
+def test_a_port_that_is_taken_is_named(places, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCH_CPP_LOG_LEVEL": "ERROR"} | there
+        words = [*TINY, f"data_files={places['corpus']}", f"output_dir={tmp_path / 'out'}"]
+        command = [sys.executable, "run_pretrain.py", *words]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | launched, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"MASTER_ADDR:MASTER_PORT = 127.0.0.1:{there['MASTER_PORT']}: the ranks cannot meet there" in done.stderr
 
 
 def test_save_steps_past_the_end_are_said_but_not_refused_and_odd_paths_work(places, tmp_path, monkeypatch, capsys):

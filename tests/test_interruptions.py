@@ -292,14 +292,30 @@ def test_whoever_is_signalled_the_ranks_stop_whole(left_alone, words, where, ran
 
 
 def test_a_launcher_that_is_killed_ends_the_run_whole_under_ours(words, where):
-    output_dir, log_path = where / "launcherless", where / "launcherless.log"
+    output_dir, log_path, fired = where / "launcherless", where / "launcherless.log", where / "launcherless.jsonl"
+    fault = json.dumps({"point": "substep", "at": 4, "do": "await stop", "fired": str(fired)})
     with open(log_path, "w") as log:
-        process = launch(output_dir, words, log, sys.executable, "launch.py")
-        wait_for(lambda: max(losses(output_dir), default=0) >= 2, process)
+        script = ("tests/faults.py", fault)
+        process = launch(output_dir, words, log, sys.executable, "launch.py", script=script)
+        wait_for(fired.exists, process)
         (child,) = psutil.Process(process.pid).children()
         os.kill(pid_of(child.pid, "deepspeed.launcher.launch"), signal.SIGKILL)
         assert process.wait(120) == 75, log_path.read_text()[-3000:]
     assert_stopped_whole(output_dir, log_path.read_text())
+
+
+def test_a_launcher_that_is_killed_before_training_takes_its_ranks_along_under_ours(words, where):
+    """The ranks prepare data then, and look after no launcher: ours has to tell them."""
+    fired, log_path = where / "unprepared.jsonl", where / "unprepared.log"
+    fault = json.dumps({"point": "prepare", "at": 1, "do": "sleep 1000", "fired": str(fired)})
+    with open(log_path, "w") as log:
+        script = ("tests/faults.py", fault)
+        process = launch(where / "unprepared", words, log, sys.executable, "launch.py", script=script)
+        wait_for(fired.exists, process)
+        (child,) = psutil.Process(process.pid).children()
+        os.kill(pid_of(child.pid, "deepspeed.launcher.launch"), signal.SIGKILL)
+        assert process.wait(120) == 75, log_path.read_text()[-3000:]
+    assert not processes_of(child.pid) and "nothing is lost, the same command goes on." in log_path.read_text()
 
 
 def test_stop_and_save_files_are_heard(words, where, ranks):
@@ -341,7 +357,7 @@ def test_a_rank_that_raises_ends_the_run_and_its_error_is_shown_first_and_once(w
 def test_a_rank_that_hangs_or_is_killed_ends_the_run_and_is_named(left_alone, words, where, ranks, do):
     output_dir, before = where / do.split()[0], ranks.times_fired()
     fault = {"point": "substep", "at": 5, "rank": 1, "do": do}
-    statuses, text = ranks.run(output_dir, [*words, "ddp_timeout=10"], fault, grace=2)
+    statuses, text = ranks.run(output_dir, [*words, "ddp_timeout=20"], fault, grace=2)
     assert ranks.times_fired() - before == 1
     assert statuses == [1, -signal.SIGKILL], text[-2000:]
     assert text.count("error: rank 0 at step 5: rank 1 does not answer: killed (out of memory?) or hanging.") == 1

@@ -177,7 +177,7 @@ def test_the_collator_takes_lists_arrays_and_tensors_and_pickles():
 
 
 def test_a_worker_outlives_the_launchers_signals():
-    signals = (signal.SIGTERM, signal.SIGINT)
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in signals}
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored

@@ -32,13 +32,16 @@ def test_the_rank_that_raises_shows_its_error_and_the_other_none(failed, rank):
     assert "does not answer" not in text
 
 
-def test_of_two_ranks_that_raise_at_once_one_shows_its_error(failed):
-    statuses, text = failed["both raise"]
+@pytest.mark.parametrize("case", ["both raise", "both raise before they have met"])
+def test_of_two_ranks_that_raise_at_once_one_shows_its_error(failed, case):
+    statuses, text = failed[case]
     assert statuses == [1, 1] and text.count("Traceback") == 1 == text.count("KeyError: 'boom of")
 
 
-def test_an_error_with_a_status_is_one_line_and_the_status_of_both(failed):
-    statuses, text = failed["both meet a full disk"]
+@pytest.mark.parametrize("who", ["both meet", "rank 0 meets", "rank 1 meets"])
+def test_an_error_with_a_status_is_one_line_and_the_status_of_both(failed, who):
+    """Launchers pass on the status of whichever rank they find ended first."""
+    statuses, text = failed[f"{who} a full disk"]
     assert statuses == [5, 5] and text.splitlines() == ["run_pretrain.py: error: the disk is full."]
 
 

@@ -271,7 +271,7 @@ def test_a_mistake_is_one_line_and_exit_status_2_launched_by_python_and_by_deeps
 
 def test_a_mistake_that_only_the_first_rank_meets_ends_both_ranks(launch, corpus_file, tmp_path):
     done = launch("deepspeed", "--num_gpus", "2", "run_pretrain.py", *TINY, f"data_files={corpus_file}",
-                  "text_column=body", f"output_dir={tmp_path / 'x'}", expect=2, timeout=120)  # fmt: skip
+                  "text_column=body", f"output_dir={tmp_path / 'x'}", expect=2, timeout=600)  # fmt: skip
     assert len(errors(done.stdout + done.stderr)) == 1 and "Traceback" not in done.stderr
     assert "no column 'body'; set text_column to one of text, kind" in errors(done.stdout + done.stderr)[0]
 

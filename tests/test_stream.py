@@ -4,12 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import BIN, ROOT
+from conftest import BIN, ROOT, free_port
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -211,22 +210,21 @@ def losses(output_dir):
 
 @pytest.mark.slow
 def test_killed_and_started_again_a_run_from_a_stream_ends_bit_identical(corpus_file, tmp_path):
-    def start(output_dir):
+    def start(output_dir, *script):
         words = [*WORDS, f"data_files={corpus_file}", f"output_dir={output_dir}"]
         with open(f"{output_dir}.log", "a") as log:
             return subprocess.Popen(
-                [str(BIN / "deepspeed"), "--num_gpus", "2", "run_pretrain.py", *words],
+                [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", free_port(), *script, *words],
                 cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 
-    assert start(tmp_path / "alone").wait(600) == 0, (tmp_path / "alone.log").read_text()[-3000:]
-    process, end = start(tmp_path / "killed"), time.monotonic() + 300
-    while max(losses(tmp_path / "killed"), default=0) < 10 and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert start(tmp_path / "killed").wait(600) == 0, (tmp_path / "killed.log").read_text()[-3000:]
+    kill = {"point": "step", "at": 10, "do": "kill all", "fired": str(tmp_path / "fired")}
+    assert start(tmp_path / "alone", "run_pretrain.py").wait(600) == 0, (tmp_path / "alone.log").read_text()[-3000:]
+    assert start(tmp_path / "killed", "tests/faults.py", json.dumps(kill)).wait(600) == -signal.SIGKILL
+    assert max(losses(tmp_path / "killed")) < 24 and (tmp_path / "fired").exists()
+    again = start(tmp_path / "killed", "run_pretrain.py").wait(600)
+    assert again == 0, (tmp_path / "killed.log").read_text()[-3000:]
     assert "going on from" in (tmp_path / "killed.log").read_text()
     assert losses(tmp_path / "alone") == losses(tmp_path / "killed") and len(losses(tmp_path / "alone")) == 24
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("alone", "killed")]

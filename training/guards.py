@@ -8,7 +8,6 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
-from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -120,19 +119,6 @@ def deafen_forks():
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
     )
-
-
-class DeafInWorkers:
-    """A collator whose DataLoader workers ignore the signals, where they are not forked: see `deafen_forks`."""
-
-    def __init__(self, collator):
-        self.collator = collator
-
-    def __call__(self, rows):
-        if get_worker_info() is not None:
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
-        return self.collator(rows)
 
 
 class Unheard:

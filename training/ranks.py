@@ -47,6 +47,15 @@ def wait_for_first(world_size, done):
         raise ValueError("the first rank has ended") from None
 
 
+def cannot_meet(error):
+    """A sentence for a port of the launch that is taken, or an address that nobody answers at."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return (
+        f"MASTER_ADDR:MASTER_PORT = {where}: the ranks cannot meet there ({str(error).splitlines()[0][:200]}). Name a "
+        "port that is free: deepspeed --master_port, torchrun --master_port."
+    )
+
+
 def bound_waiting(seconds):
     """Every process group there is waits for a rank so long, and no longer.
 
@@ -137,7 +146,7 @@ def _silent_ranks(rank, world_size):
         time.sleep(2)  # they notice within milliseconds of one another
         silent = [str(other) for other in range(world_size) if not _store().check([f"lost/{other}"])]
         return f"rank {' or '.join(silent)}" if silent else "another rank"
-    except (dist.DistError, RuntimeError):
+    except (RuntimeError, ValueError):
         return "rank 0"  # the store was its own and has ended with it
 
 
@@ -146,17 +155,25 @@ def _told():
 
 
 def _first_status(rank, lost, status):
-    """Whether no other rank has told an error yet, and the status of the one that has.
-
-    A file says so where the store has ended with the first rank.
-    """
+    """Whether no other rank has told an error yet, and the status of the one that has."""
     mine = f"{rank} {status or 1}"
     try:
         _store().set_timeout(timedelta(seconds=STORE_SECONDS))
         told = _store().compare_set("failed", "", mine).decode()
-    except (dist.DistError, RuntimeError):
-        told = _told().read_text() if _told().exists() else mine if not lost or rank == 1 else ""
-    if told == mine:
-        with contextlib.suppress(OSError):
-            _told().write_text(mine)
+        if told == mine:
+            with contextlib.suppress(OSError):
+                _told().write_text(mine)
+    except (RuntimeError, ValueError):  # the store has ended with the first rank, or is not there yet
+        told = _tell_by_file(mine, may=not lost or rank == 1)
     return told == mine, int((told or "0 1").split()[1])
+
+
+def _tell_by_file(mine, may):
+    """What this machine's ranks have told: `mine`, where nothing was told and this one may."""
+    try:
+        with open(_told(), "x" if may else "r", encoding="utf-8") as file:
+            return mine if may and file.write(mine) else file.read()
+    except FileExistsError:
+        return _told().read_text()
+    except OSError:
+        return mine if may else ""
