@@ -228,6 +228,15 @@ ROWS = [
         "is [512, 64], model_name and config_overrides make it [512",
     ),
     ("F28", ["resume={run}/checkpoint-2", "data_files={other}"], "was trained with data = "),
+    *[
+        ("F29", ["resume={run}/checkpoint-2", f"{key}={value}"], f"was trained with {key} = {was}, now it is {value}")
+        for key, was, value in (
+            ("seed", 42, 1),
+            ("gradient_accumulation_steps", 1, 2),
+            ("weight_decay", 0.1, 0.0),
+            ("warmup_steps", 0.01, 1),
+        )
+    ],
     ("B37", ["resume={run}/checkpoint-2", "optim=adamw_torch_fused"], 'optim = "adamw_bnb_8bit", now it is "adamw_'),
     ("B40", ["output_dir={corpus}"], "documents.jsonl cannot be written: File exists. Name another."),
     ("B40", ["output_dir={corpus}/sub"], "documents.jsonl/sub cannot be written: Not a directory. Name another."),

@@ -477,6 +477,11 @@ print(here.recv() == sorted(map(int, guards.SIGNALS)), mask() == [], heard == [1
     assert done.stdout == "True True True\n", done.stderr
 
 
+def test_a_stream_that_was_closed_from_the_start_takes_what_is_written():
+    closed = guards.Unheard(None)
+    assert closed.write("a word") == 6 and closed.flush() is None
+
+
 @pytest.mark.parametrize("words", [[], ["run_pretrain.py", "args.json"]])
 def test_our_launcher_without_a_launcher_says_how_it_is_called(words):
     done = subprocess.run([sys.executable, "launch.py", *words], cwd=ROOT, capture_output=True, text=True)

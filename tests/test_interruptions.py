@@ -423,6 +423,16 @@ def test_another_learning_rate_is_refused_and_once_allowed_it_is_in_force(left_a
     assert rates[STEPS] == metrics(left_alone, "learning_rate")[STEPS]
 
 
+def test_under_zero_another_number_of_ranks_is_refused_before_anything_is_loaded(left_alone, words, where, ranks):
+    output_dir = where / "fewer"
+    shutil.copytree(left_alone, output_dir)
+    statuses, text = ranks.run(output_dir, words, world=1)
+    lines = [line for line in text.splitlines() if "error:" in line]
+    assert statuses == [2] and len(lines) == 1 and "Traceback" not in text and "model:" not in text
+    assert f"checkpoint-{STEPS} was trained with world_size = 2, now it is 1: set it back" in lines[0]
+    assert f"init_from={output_dir / f'checkpoint-{STEPS}'} and another output_dir" in lines[0]
+
+
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
 def test_a_new_run_from_a_checkpoint_s_weights_says_so(left_alone, words, where, ranks, config):
     origin, fresh = left_alone / f"checkpoint-{STEPS}", where / f"from-{config}"
