@@ -118,6 +118,14 @@ def test_readme_s_list_of_our_own_keys_is_the_code_s():
     assert re.split(r",\s+", listed) == [name for name in ours if name not in theirs]
 
 
+def test_readme_names_only_tests_that_there_are():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = [name for path in ROOT.glob("tests/*.py") for name in re.findall(r"def (test_\w+)", path.read_text())]
+    promised = re.findall(r"`(test_[a-z0-9_]+)(\.\.\.)?`", readme)
+    assert len(promised) > 40
+    assert not [p for p, more in promised if not any(n == p or (more and n.startswith(p)) for n in names)]
+
+
 def test_readme_has_no_gap_left_to_fill():
     assert "@@" not in (ROOT / "README.md").read_text(encoding="utf-8")
 
