@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +132,20 @@ def test_a_manifest_that_was_not_written_to_its_end_does_not_count(tmp_path):
         signal.signal(signal.SIGXFSZ, before)
     found, passed = choose(tmp_path)
     assert found.endswith("checkpoint-10") and passed[0].endswith("it was never finished (no manifest.json).")
+
+
+def test_the_disk_has_every_file_and_its_name_before_the_manifest_counts(tmp_path, monkeypatch):
+    path, synced, fsync = make(tmp_path, 10, finished=False), [], os.fsync
+
+    def noted(descriptor):
+        fsync(descriptor)
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), (path / "manifest.json").exists()))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    inside = list(path.rglob("*"))
+    checkpoints.commit(path, 0, 1, step=10)
+    before = {name for name, counts in synced if not counts}
+    assert before == {*inside, tmp_path, path / ".manifest.json.partial"} and synced[-1] == (path, True)
 
 
 def test_a_damaged_manifest_is_named(tmp_path):

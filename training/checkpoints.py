@@ -66,6 +66,8 @@ def commit(checkpoint, rank, world_size, **facts):
         dist.all_gather_object(parts, mine)
     if rank == 0:
         files = {name: entry for part in parts for name, entry in sorted(part.items())}
+        for directory in (checkpoint.parent, *(path for path in checkpoint.rglob("*") if path.is_dir())):
+            _sync_directory(directory)  # a name that a power cut takes away takes the file along
         partial = checkpoint / f".{MANIFEST}.partial"
         with open(partial, "w", encoding="utf-8") as file:
             json.dump({"world_size": world_size, **facts, "files": files}, file, indent=1)
