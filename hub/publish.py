@@ -1,0 +1,241 @@
+"""Publish a run: its model, card, record and pictures as one commit of a model repository; private unless --public.
+
+    python hub/publish.py RUN_DIR --repo user/name --license ID [--public] [--checkpoints] [--tag v1] [--dry_run]
+
+Before anything is sent the folder is built in RUN_DIR/publish, loaded as a reader loads it, and must give the run's own
+held-out bits per byte again. Status 2: something to mend, nothing was sent; 6: saved, not (all) uploaded.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # python hub/publish.py: sys.path[0] is hub/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "hub"
+
+import torch
+import transformers
+from huggingface_hub.utils import disable_progress_bars
+
+from . import branches, card, folder
+from .connection import Repository, check_license, one_line
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NOT_UPLOADED = 6
+TOLERANCE = 0.005  # of the bits per byte: bf16 on a GPU and fp32 on a CPU differ by a tenth of it
+REMEDIES = {
+    402: "the Hub asks for payment ({said}); free some private storage, choose a paid plan, or add --public",
+    413: "the Hub takes no commit of this size ({said}); send fewer bytes (--bf16)",
+}
+
+
+def build(run_dir: Path, target: Path, repo_id: str, license: str, dtype: torch.dtype | None) -> None:
+    """Build the folder of the finished model in `target`, which must not exist.
+
+    Raises:
+        ValueError: The run has no finished model, or no record.
+    """
+    if not folder.has_weights(run_dir):
+        raise ValueError(f"{run_dir} has no model*.safetensors: the run is not finished, or it is no run's output_dir.")
+    text = card.make_card(run_dir, repo_id, license)
+    folder.write_model(run_dir, target, dtype)
+    folder.write_card(target, text, run_dir)
+
+
+def reproduce(run_dir: Path, target: Path, run: dict) -> str:
+    """Score the folder on the run's held-out documents as the run did; returns the sentence that compares them.
+
+    Raises:
+        ValueError: The documents are not there, or the figure is another one.
+    """
+    result = run.get("result") or {}
+    if "bits_per_byte" not in result:
+        return "no score to reproduce: run.json holds no held-out bits per byte."
+    arguments, used = run.get("arguments") or {}, result["held_out"]
+    prepared = Path(arguments.get("prepared_dir") or run_dir / "prepared")
+    manifest = json.loads((prepared / "manifest.json").read_text()) if (prepared / "manifest.json").is_file() else {}
+    if manifest.get("fingerprint") != run["data"]["fingerprint"]:
+        raise ValueError(
+            f"{prepared} does not hold the set that {run_dir} was trained on, so its held-out score cannot be "
+            "reproduced: put it back, or give --unscored."
+        )
+    every = -(-manifest["splits"]["validation"]["documents"] // arguments["max_eval_documents"])
+    with tempfile.TemporaryDirectory() as scratch:
+        documents, scores = Path(scratch, "held_out.jsonl"), Path(scratch, "scores.json")
+        lines = (line for name in manifest["validation_documents"] for line in open(prepared / name, "rb"))  # noqa: SIM115
+        documents.write_bytes(b"".join(islice(lines, 0, None, every)))  # those that the run scored
+        settings = [f"--{name}={used[name]}" for name in ("window", "stride", "prefix")]
+        judge = Path(__file__).resolve().parents[1] / "eval" / "perplexity.py"
+        command = [sys.executable, judge, f"--model={target}", f"--data_files={documents}", *settings]
+        done = subprocess.run([*command, f"--output={scores}"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ValueError(f"{target} cannot be scored: {one_line(done.stderr[-300:])}.")
+        found = json.loads(scores.read_text(encoding="utf-8"))
+    figure, expected = found["bits_per_byte"], result["bits_per_byte"]
+    said = f"held-out bits per byte {figure:.4f}, the run's {expected:.4f}, over {found['documents']} documents"
+    if abs(figure - expected) > TOLERANCE * expected or found["documents"] != used["documents"]:
+        raise ValueError(f"{target} is not the model that the run scored: {said}.")
+    return f"{said}, window {used['window']}."
+
+
+def show(target: Path) -> None:
+    """List a folder's files and sizes."""
+    sizes = folder.files(target)
+    for name, size in sizes.items():
+        print(f"  {size:>14,}  {name}")
+    print(f"  {sum(sizes.values()):>14,}  bytes in {len(sizes)} files, one commit")
+
+
+def claim(repository: Repository, tag: str | None) -> None:
+    """Make sure that the repository can be written and holds nothing of others; ValueError where not."""
+    there = repository.claim()
+    names = {file.rfilename for file in there.siblings or []}
+    if "run.json" not in names and (other := sorted(filter(folder.MODEL.fullmatch, names))):
+        raise ValueError(f"{repository.asked}: it holds another model ({other[0]}) already; give another name.")
+    if tag and (at := branches.tags(repository).get(tag)) and at != there.sha:
+        raise ValueError(f"--tag {tag}: {repository.name} has it already, at another commit; give another.")
+
+
+def read_run(run_dir: Path) -> dict:
+    """run.json of a run; ValueError where there is none."""
+    path = run_dir / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{run_dir} has no run.json: give the output_dir of a run.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def prepare(args, repository: Repository, run: dict, target: Path) -> None:
+    """Everything before the first byte is sent: identity, then the folder of the finished model, built and checked.
+
+    Raises ValueError: Something to mend.
+    """
+    run_dir = Path(args.run_dir)
+    if not args.dry_run:
+        check_license(f"--license {args.license}", args.license)
+        claim(repository, args.tag)
+    clear(target)
+    if args.unsent:
+        return
+    build(run_dir, target / "main", repository.name, args.license, DTYPES.get(args.dtype))
+    for sentence in folder.check(target / "main", args.license, run_dir):
+        print(sentence)
+    print(reproduce(run_dir, target / "main", run) if not args.unscored else "its score was not reproduced.")
+    print(f"{target / 'main'}:")
+    show(target / "main")
+
+
+def clear(target: Path) -> None:
+    """Remove what an earlier publish left in its own directory; ValueError where something else is there."""
+    for name in folder.files(target):
+        if not folder.ALLOWED.fullmatch(name.partition("/")[2]):
+            raise ValueError(f"{target / name} is not of this command: give another --output_dir.")
+    shutil.rmtree(target, ignore_errors=True)
+
+
+def rehearse(args, repository: Repository, run: dict, target: Path) -> None:
+    """Build and check the branches too, and send nothing. Raises ValueError."""
+    for source in branches.find(Path(args.run_dir), run, unsent_only=False) if args.checkpoints else []:
+        branches.build(source, target / source.branch, repository.name, args.license, DTYPES.get(args.dtype), run)
+        folder.check(target / source.branch, args.license, args.run_dir)
+        print(f"{target / source.branch}, a branch:")
+        show(target / source.branch)
+    print(f"dry run: nothing was sent to {repository.name}.")
+
+
+def send(args, repository: Repository, run: dict, target: Path) -> None:
+    """The finished model to main, its tag, then the branches.
+
+    Raises ValueError, OSError or RuntimeError: Not all of it is on the Hub.
+    """
+    if not args.unsent:
+        before = repository.call(repository.api.repo_info, repository.name).sha
+        paths = {path: target / "main" / path for path in folder.files(target / "main")}
+        title = f"{run.get('result', {}).get('tokens_seen', 0):,} tokens"
+        commit = repository.commit(paths, title, stale=folder.ALLOWED.fullmatch)
+        print(f"{'there already' if commit == before else 'sent'}: main, commit {commit[:12]}", flush=True)
+        if args.tag:
+            repository.call(repository.api.create_tag, repository.name, tag=args.tag, revision=commit, exist_ok=True)
+    if args.unsent or args.checkpoints:
+        for source in branches.find(Path(args.run_dir), run, unsent_only=args.unsent):
+            how = (args.license, DTYPES.get(args.dtype), run, args.run_dir)
+            was_sent = branches.send(source, target / source.branch, repository, *how)
+            print(f"{'sent' if was_sent else 'there already'}: {source.branch}", flush=True)
+
+
+def parse(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("publish.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of run_pretrain.py")
+    parser.add_argument("--repo", required=True, metavar="USER/NAME", help="the model repository")
+    parser.add_argument(
+        "--license", required=True, metavar="ID", help="as the Hub names it: apache-2.0, mit, odc-by ..."
+    )
+    parser.add_argument("--public", action="store_true", help="anybody may see it; default: you alone")
+    parser.add_argument("--checkpoints", action="store_true", help="each checkpoint a branch, step 0 among them")
+    parser.add_argument("--tag", help="name the commit of the release, as in v1")
+    parser.add_argument("--dry_run", action="store_true", help="build, check and list the folder, send nothing")
+    parser.add_argument("--output_dir", help="where the folder is built; default RUN_DIR/publish")
+    parser.add_argument("--unscored", action="store_true", help="do not score the held-out documents again")
+    parser.add_argument("--unsent", action="store_true", help=argparse.SUPPRESS)  # what waits alone, as a run asks it
+    dtype = parser.add_mutually_exclusive_group()
+    dtype.add_argument("--bf16", dest="dtype", action="store_const", const="bf16", help="round the weights to bfloat16")
+    dtype.add_argument(
+        "--fp32", dest="dtype", action="store_const", const="fp32", help="widen them: no digit is gained"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    """Exit status 2 and one line for what the user can mend, 6 where the Hub has not got all of it."""
+    args = parse(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    target, repository = Path(args.output_dir or Path(args.run_dir, "publish")), None
+    try:
+        repository = Repository(args.repo, public=args.public, asked=f"--repo {args.repo}", remedies=REMEDIES)
+        run = read_run(Path(args.run_dir))
+        with alone(args.run_dir):
+            prepare(args, repository, run, target)
+            if args.dry_run:
+                rehearse(args, repository, run, target)
+                return
+            try:
+                send(args, repository, run, target)
+            except (ValueError, OSError, RuntimeError) as error:  # the last two are hf-xet's
+                words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--unsent"]
+                command = shlex.join(["python", "hub/publish.py", *map(str, words)])
+                refuse(f"{args.run_dir} is saved, NOT uploaded: {one_line(error)}; then: {command}", NOT_UPLOADED)
+            shutil.rmtree(target, ignore_errors=True)
+    except (ValueError, OSError) as error:
+        refuse(error, 2)
+    print(f"published: {repository.address}")
+
+
+def refuse(error, status: int) -> None:
+    argparse.ArgumentParser("publish.py").exit(status, f"publish.py: error: {' '.join(str(error).split())}\n")
+
+
+@contextlib.contextmanager
+def alone(run_dir):
+    """Wait until no other publish of this run is at work; the kernel lets go when a process dies."""
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    main()
