@@ -201,6 +201,12 @@ class PretrainArguments(TrainingArguments):
         default=False,
         metadata={"help": "A name has trackio publish its dashboard as a public Space at a push; false never does."},
     )
+    hub_license: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model's licence as the Hub names it, such as apache-2.0. push_to_hub needs it; never guessed."
+        },
+    )
     loss_chunk_tokens: int | None = field(
         default=None,
         metadata={

@@ -47,6 +47,8 @@ LEFT_ALONE = {  # arguments of transformers that must keep their default here, a
     "parallelism_config": "ZeRO (deepspeed) is the parallelism there is",
     "accelerator_config": _SILENT,
     "auto_find_batch_size": _SILENT,
+    "hub_revision": "main is the finished model, each checkpoint has a branch of its own",
+    "hub_always_push": "every save is sent, one after another",
     "load_best_model_at_end": "the model of the last step is exported",
 }
 
@@ -94,6 +96,12 @@ def _check_choices(args):
     one_of("on_spike", args.on_spike, ("stop", "skip", "report"))
     one_of("train_sampling_strategy", args.train_sampling_strategy, ("random", "sequential"))
     one_of("save_strategy", str(getattr(args.save_strategy, "value", args.save_strategy)), ("no", "steps", "epoch"))
+    one_of("hub_strategy", str(getattr(args.hub_strategy, "value", args.hub_strategy)), ("end", "every_save"))
+    if args.push_to_hub and not args.hub_license:
+        raise ValueError(
+            "hub_license is not set: push_to_hub = true publishes the model under a licence that you choose, named as "
+            "the Hub names it, as in hub_license=apache-2.0; it is never guessed."
+        )
     if args.resume_from_checkpoint is not None:
         raise ValueError(
             f"resume_from_checkpoint = {args.resume_from_checkpoint}: write resume={args.resume_from_checkpoint}; "

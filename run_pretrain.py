@@ -39,6 +39,7 @@ if __package__:
     from .data import corpus, packing, prepare, stream, tokenization
     from .eval import generation, judge
     from .eval import report as run_report
+    from .hub import uploads
     from .planning import start
     from .training import divergence, guards, held_out, lock, loss, model, ranks, record, resume, space, spot, trainer
 else:
@@ -48,6 +49,7 @@ else:
     from data import corpus, packing, prepare, stream, tokenization
     from eval import generation, judge
     from eval import report as run_report
+    from hub import uploads
     from planning import start
     from training import divergence, guards, held_out, lock, loss, model, ranks, record, resume, space, spot, trainer
 
@@ -294,6 +296,7 @@ def story(argv):
         ranks.forget_shared_buffer(RANK)
         if RANK == 0 and (sentence := lock.take(args.output_dir)):
             say(sentence)
+        upload = uploads.claim(args, say) if args.push_to_hub and RANK == 0 else None
         share = args.stream_share() if data_args.trains_from_stream else None
         config = model.load_config(model_args.model_name, model_args.config_overrides)
         model.choose_attention(model_args.attn_implementation, args.device, config)
@@ -324,6 +327,9 @@ def story(argv):
         say(sentence)
     made, log = make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, prepared_dir)
     made.checkpoint_bytes = checkpoint_bytes
+    if upload:
+        upload.step_0, upload.say = not (zero3 or model_args.init_from), log.say
+        made.add_callback(upload)
     made.facts = run.facts() | {"data": manifest.fingerprint, "arguments_sha256": record.digest(resolved)}
     if RANK == 0:
         record.write_run(args.output_dir, parameters=get_model_param_count(made.model))
@@ -341,6 +347,8 @@ def story(argv):
         say("\n".join(sentences))
     if dist.is_initialized():
         dist.destroy_process_group()
+    if upload and (why := upload.finish()):
+        fail(why, uploads.NOT_UPLOADED)
 
 
 if __name__ == "__main__":

@@ -56,16 +56,17 @@ def find(run_dir: Path, run: dict, unsent_only: bool) -> Iterator[Source]:
     places = [path for path in (run_dir / UNSENT).glob("*") if BRANCH.fullmatch(path.name)]
     if not unsent_only:
         places += [path for path in run_dir.glob("checkpoint-*") if (path / MANIFEST).is_file()]
-    found = {}
+    found, zero_stage = {}, None
     for place in places:
         if manifest := read_manifest(place):
+            zero_stage = manifest["same"].get("zero stage")
             weights = {name: entry for name, entry in manifest["files"].items() if folder.MODEL.fullmatch(name)}
             source = Source(place, manifest["step"], manifest["tokens_seen"], _digest(weights))
             found.setdefault(source.branch, source)
     seed = (run.get("arguments") or {}).get("seed")
     begun = run_dir / UNSENT / name_of(0, 0)
     if begun.is_dir() or not unsent_only:
-        if refused := why_no_step_0(run):
+        if refused := why_no_step_0(run, zero_stage):
             print(f"no branch of step 0: {refused}.")
         else:
             place = begun if begun.is_dir() else run_dir
@@ -74,12 +75,12 @@ def find(run_dir: Path, run: dict, unsent_only: bool) -> Iterator[Source]:
     yield from sorted(found.values(), key=lambda source: source.step)
 
 
-def why_no_step_0(run: dict) -> str | None:
+def why_no_step_0(run: dict, zero_stage: int | None) -> str | None:
     """Why the weights before the first step cannot be drawn again from the record of a run; None where they can."""
     arguments = run.get("arguments") or {}
     if arguments.get("init_from"):
         return f"the run began from {arguments['init_from']}, not from random weights"
-    if "zero3" in json.dumps(arguments.get("deepspeed")) or '"stage": 3' in json.dumps(arguments.get("deepspeed")):
+    if zero_stage == 3:
         return "ZeRO-3 draws the weights split over its ranks"
     for name in ("torch", "transformers"):
         if (then := (run.get("versions") or {}).get(name)) != (now := version(name)):

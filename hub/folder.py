@@ -32,6 +32,10 @@ def model_files(directory) -> list[Path]:
     return sorted(path for path in Path(directory).iterdir() if MODEL.fullmatch(path.name) and path.is_file())
 
 
+def of_tokenizer(path: Path) -> bool:
+    return re.fullmatch(TOKENIZER, path.name) is not None
+
+
 def has_weights(directory) -> bool:
     return any(Path(directory).glob("model*.safetensors"))
 
@@ -62,7 +66,7 @@ def write_model(source, target, dtype: torch.dtype | None, seed: int | None = No
     own_padding(network.config).use_cache = network.generation_config.use_cache = True
     network.save_pretrained(target)
     for path in model_files(source):
-        if re.fullmatch(TOKENIZER, path.name):  # as they stand: AutoTokenizer rebuilds some and loses steps
+        if of_tokenizer(path):  # as they stand: AutoTokenizer rebuilds some and loses steps
             shutil.copyfile(path, target / path.name)
     settings = target / "tokenizer_config.json"
     if settings.is_file():
@@ -140,7 +144,7 @@ def check_texts(folder: Path, run_dir: Path) -> None:
                 text = json.dumps(tensors.metadata())
         else:
             text = path.read_text(encoding="utf-8")
-        vocabulary = re.fullmatch(TOKENIZER, name) and name != "tokenizer_config.json"  # it may hold any text
+        vocabulary = of_tokenizer(path) and name != "tokenizer_config.json"  # it may hold any text
         if (token and token in text) or (not vocabulary and run_record.SECRETS.search(text)) or environment_in(text):
             raise ValueError(f"{path} holds an access token or a secret of the environment: it is not published.")
         if not vocabulary and (found := next((place for place in here if place in text), None)):

@@ -9,6 +9,7 @@ held-out bits per byte again. Status 2: something to mend, nothing was sent; 6: 
 import argparse
 import contextlib
 import fcntl
+import fileinput
 import json
 import os
 import shlex
@@ -23,6 +24,7 @@ if __name__ == "__main__" and not __package__:  # python hub/publish.py: sys.pat
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = "hub"
 
+import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.utils import disable_progress_bars
@@ -72,8 +74,8 @@ def reproduce(run_dir: Path, target: Path, run: dict) -> str:
     every = -(-manifest["splits"]["validation"]["documents"] // arguments["max_eval_documents"])
     with tempfile.TemporaryDirectory() as scratch:
         documents, scores = Path(scratch, "held_out.jsonl"), Path(scratch, "scores.json")
-        lines = (line for name in manifest["validation_documents"] for line in open(prepared / name, "rb"))  # noqa: SIM115
-        documents.write_bytes(b"".join(islice(lines, 0, None, every)))  # those that the run scored
+        with fileinput.input([prepared / name for name in manifest["validation_documents"]], mode="rb") as lines:
+            documents.write_bytes(b"".join(islice(lines, 0, None, every)))  # those that the run scored
         settings = [f"--{name}={used[name]}" for name in ("window", "stride", "prefix")]
         judge = Path(__file__).resolve().parents[1] / "eval" / "perplexity.py"
         command = [sys.executable, judge, f"--model={target}", f"--data_files={documents}", *settings]
@@ -102,7 +104,12 @@ def claim(repository: Repository, tag: str | None) -> None:
     names = {file.rfilename for file in there.siblings or []}
     if "run.json" not in names and (other := sorted(filter(folder.MODEL.fullmatch, names))):
         raise ValueError(f"{repository.asked}: it holds another model ({other[0]}) already; give another name.")
-    if tag and (at := branches.tags(repository).get(tag)) and at != there.sha:
+    check_tag(repository, tag, there.sha)
+
+
+def check_tag(repository: Repository, tag: str | None, commit: str) -> None:
+    """ValueError where a tag is there already, at another commit: a release does not move."""
+    if tag and branches.tags(repository).get(tag, commit) != commit:
         raise ValueError(f"--tag {tag}: {repository.name} has it already, at another commit; give another.")
 
 
@@ -164,6 +171,7 @@ def send(args, repository: Repository, run: dict, target: Path) -> None:
         commit = repository.commit(paths, title, stale=folder.ALLOWED.fullmatch)
         print(f"{'there already' if commit == before else 'sent'}: main, commit {commit[:12]}", flush=True)
         if args.tag:
+            check_tag(repository, args.tag, commit)
             repository.call(repository.api.create_tag, repository.name, tag=args.tag, revision=commit, exist_ok=True)
     if args.unsent or args.checkpoints:
         for source in branches.find(Path(args.run_dir), run, unsent_only=args.unsent):
@@ -198,6 +206,7 @@ def main(argv=None) -> None:
     """Exit status 2 and one line for what the user can mend, 6 where the Hub has not got all of it."""
     args = parse(argv)
     transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()  # it warns of a commit that changes nothing
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -216,7 +225,8 @@ def main(argv=None) -> None:
                 words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--unsent"]
                 command = shlex.join(["python", "hub/publish.py", *map(str, words)])
                 refuse(f"{args.run_dir} is saved, NOT uploaded: {one_line(error)}; then: {command}", NOT_UPLOADED)
-            shutil.rmtree(target, ignore_errors=True)
+            finally:
+                shutil.rmtree(target, ignore_errors=True)
     except (ValueError, OSError) as error:
         refuse(error, 2)
     print(f"published: {repository.address}")

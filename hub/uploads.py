@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from . import branches, folder, publish
 from .connection import Repository, check_license, owner
 
+NOT_UPLOADED = publish.NOT_UPLOADED
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 REMEDIES = publish.REMEDIES | {
     402: "the Hub asks for payment ({said}); free some private storage, choose a paid plan, or set "
@@ -25,25 +26,25 @@ REMEDIES = publish.REMEDIES | {
 }
 
 
-def claim(hub_model_id: str | None, hub_private_repo: bool | None, hub_license: str, output_dir: str) -> Repository:
-    """Make sure, before anything expensive, that the run's model will be taken; makes the repository.
+def claim(args, say):
+    """Make sure, before anything expensive, that the run's model will be taken; returns the Uploads of it.
 
     Args:
-        hub_model_id: As TrainingArguments has it; without an owner it is the token's, None is output_dir's last part.
-        hub_private_repo: Only false makes it public.
+        args: TrainingArguments: hub_model_id (without an owner it is the token's; None is output_dir's last part),
+            hub_private_repo (only false makes it public), hub_strategy (every_save or end); and hub_license.
 
     Raises ValueError: one sentence with what to do.
     """
-    asked = f"hub_model_id = {hub_model_id}" if hub_model_id else "push_to_hub = true"
-    name = hub_model_id or Path(output_dir).resolve().name
+    asked = f"hub_model_id = {args.hub_model_id}" if args.hub_model_id else "push_to_hub = true"
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
     if "/" not in name:
         name = f"{owner(asked)}/{name}"
-    public = hub_private_repo is False
-    said = {"asked": asked, "say_public": "hub_private_repo=false", "remedies": REMEDIES}
-    repository = Repository(name, public=public, **said)
-    check_license(f"hub_license = {hub_license}", hub_license)
+    public, said = args.hub_private_repo is False, {"say_public": "hub_private_repo=false", "remedies": REMEDIES}
+    repository = Repository(name, public=public, asked=asked, **said)
+    check_license(f"hub_license = {args.hub_license}", args.hub_license)
     publish.claim(repository, tag=None)
-    return repository
+    say(f"hub: the model goes to {repository.address}, {'public' if public else 'private'}.")
+    return Uploads(args.output_dir, repository, args.hub_license, args.hub_strategy == "every_save", say)
 
 
 class Uploads(TrainerCallback):
@@ -51,13 +52,17 @@ class Uploads(TrainerCallback):
 
     Args:
         each_save: Checkpoints too, each as a branch; else the finished model only.
-        step_0: The weights before the first step too; they are drawn again from the seed.
         say: Takes a sentence for the log.
+
+    Attributes:
+        step_0: Whether the weights before the first step are a branch too: they are drawn again from the seed.
     """
 
-    def __init__(self, output_dir, repository, license, each_save, step_0, say):
+    step_0 = False
+
+    def __init__(self, output_dir, repository, license, each_save, say):
         self.run_dir, self.repository, self.license = Path(output_dir), repository, license
-        self.each_save, self.step_0, self.say = each_save, step_0, say
+        self.each_save, self.say = each_save, say
         self.unsent, self.process, self.said = self.run_dir / branches.UNSENT, None, None
         atexit.register(self.stop)
 
@@ -72,7 +77,8 @@ class Uploads(TrainerCallback):
         if state.global_step == 0:
             shutil.rmtree(self.unsent, ignore_errors=True)  # of a run that this one does not go on with
             if self.step_0:
-                self._put(branches.name_of(0, 0), folder.model_files(self.run_dir), config=model.config)
+                tokenizer = [path for path in folder.model_files(self.run_dir) if folder.of_tokenizer(path)]
+                self._put(branches.name_of(0, 0), tokenizer, config=model.config)
         self._start()
 
     def on_save(self, args, state, control, **kwargs):
@@ -93,11 +99,10 @@ class Uploads(TrainerCallback):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for path in files:
-            if config is None or not path.name.endswith(("config.json", ".safetensors", ".index.json")):
-                try:
-                    os.link(path, partial / path.name)
-                except OSError:  # a file system without hard links
-                    shutil.copyfile(path, partial / path.name)
+            try:
+                os.link(path, partial / path.name)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, partial / path.name)
         if config is not None:
             config.save_pretrained(partial)
         shutil.rmtree(self.unsent / branch, ignore_errors=True)
@@ -132,21 +137,21 @@ class Uploads(TrainerCallback):
             self._start()  # what came while it was at work
         elif (why := reason(lines, status)) != self.said:
             self.said = why
-            self.say(f"NOT uploaded: {why}. Training goes on; it is tried again at the next save.")
+            self.say(f"NOT uploaded: {why}. The run goes on, and it is tried again.")
 
     def stop(self):
         """Leave at once: what is not sent waits in UNSENT for the same command, or for publish.py."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
+            self.say(f"not uploaded yet: {', '.join(self._waiting())}; the same command sends them.")
         self.process = None
 
     def finish(self):
         """Send the finished model and what waits; returns why that failed and the command that repeats it, or None."""
         more = ["--checkpoints"] * self.each_save
-        if self.process is not None:
+        while self.process is not None:
             self.process.wait()
             self._hear()
-        self.stop()
         process = self._popen(*more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         lines = process.communicate()[0].decode(errors="replace").splitlines()
         if process.returncode == 0:

@@ -6,12 +6,14 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
+from huggingface_hub import constants
 from loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +46,23 @@ def hub():
     """A Hub on loopback, see loopback_hub.py; each test names repositories of its own."""
     with LoopbackHub() as running:
         yield running
+
+
+@pytest.fixture
+def client(hub, monkeypatch, tmp_path):
+    """This process as a client of the loopback Hub: commands are called in it; waits between tries are noted instead.
+
+    Attributes of what it returns are the Hub's, and `waits` in seconds.
+    """
+    for name, value in {"ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setenv("HF_TOKEN", "hf_loopback")
+    hub.faults.clear()
+    hub.waits = []
+    monkeypatch.setattr(time, "sleep", hub.waits.append)
+    yield hub
+    hub.faults.clear()
 
 
 def free_port():
@@ -91,6 +110,24 @@ def small_words(tmp_path_factory):
         "per_device_train_batch_size=2", "gradient_accumulation_steps=2", "max_steps=60", "save_steps=40",
         "warmup_steps=3", "learning_rate=3e-3", "disable_tqdm=true",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pushed(hub, launch, small_words, tmp_path_factory):
+    """A run of one process that publishes itself on a bad day of the Hub; returns its directory and its process."""
+    home = tmp_path_factory.mktemp("pushed")
+    hub.tokens[SECRETS["HF_TOKEN"]] = ("user", "write")
+    hub.fail("GET", "/whoami", status=429, Retry_After=1)
+    hub.fail("POST", "/repos/create", status=504)
+    hub.fail("POST", "/models/user/pushed/preupload/", status=503)
+    hub.fail("POST", "/user/pushed.git/info/lfs/objects/batch")  # the connection drops
+    hub.fail("PUT", "/lfs/", status=500)
+    hub.fail("POST", "/models/user/pushed/commit/step10", after=True)  # it is made, and the answer is lost
+    words = [*small_words, "deepspeed=null", "optim=adamw_torch", "max_steps=20", "save_steps=10", "sample_steps=20"]
+    words += ["push_to_hub=true", "hub_model_id=user/pushed", "hub_license=apache-2.0", f"output_dir={home / 'out'}"]
+    done = launch("python", "run_pretrain.py", *words, **SECRETS | hub.environment(home / "hf", SECRETS["HF_TOKEN"]))
+    assert not [fault for fault in hub.faults if fault.times]
+    return home / "out", done
 
 
 @pytest.fixture(scope="session")

@@ -31,15 +31,21 @@ class Refusal(Exception):
 
 @dataclass
 class Repo:
-    """`commits` from sha to {path: content}; `refs` from branch or tag to sha; `log` of (sha, title)."""
+    """`commits` from sha to {path: content}; `refs` from branch or tag to sha; `log` of (sha, title).
+
+    `tags` are the names among `refs` that do not move; `parents` leads from a sha to the one before it.
+    """
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     log: list[tuple[str, str]] = field(default_factory=list)
+    tags: set[str] = field(default_factory=set)
+    parents: dict[str, str | None] = field(default_factory=dict)
 
     def commit(self, files: dict[str, bytes], title: str, branch: str = "main") -> str:
         sha = hashlib.sha1(f"{len(self.commits)}{title}{sorted(files)}".encode()).hexdigest()
+        self.parents[sha] = self.refs.get(branch)
         self.commits[sha], self.refs[branch] = dict(files), sha
         self.log.append((sha, title))
         return sha
@@ -272,7 +278,23 @@ class Handler(BaseHTTPRequestHandler):
         if name in repo.refs:
             return 409, {"error": f"Reference already exists: {name}"}
         repo.refs[name] = sha
+        repo.tags |= {name} if what == "tag" else set()
         return 200, {}
+
+    def list_refs(self, kind, id):
+        repo = self.repo(kind, id)
+        refs = [{"name": name, "ref": name, "targetCommit": sha} for name, sha in repo.refs.items()]
+        tags = [ref for ref in refs if ref["name"] in repo.tags]
+        return 200, {"branches": [ref for ref in refs if ref not in tags], "converts": [], "tags": tags}
+
+    def history(self, kind, id, rev):
+        """Commits of a branch, the newest first."""
+        repo, sha, _ = self.snapshot(kind, id, rev)
+        found, titles = [], dict(repo.log)
+        while sha:
+            found.append({"id": sha, "title": titles[sha], "message": "", "date": TIME, "authors": []})
+            sha = repo.parents[sha]
+        return 200, found
 
     def resolve(self, kind, id, rev, path):
         _, sha, files = self.snapshot(kind, id, rev)
@@ -315,6 +337,8 @@ ROUTES = [
     (("POST",), rf"{API}/paths-info/(?P<rev>[^/]+)", Handler.paths_info),
     (("POST",), rf"{API}/preupload/(?P<rev>.+)", Handler.preupload),
     (("POST",), rf"{API}/commit/(?P<rev>.+)", Handler.commit),
+    (("GET",), rf"{API}/refs", Handler.list_refs),
+    (("GET",), rf"{API}/commits/(?P<rev>.+)", Handler.history),
     (("POST",), rf"{API}/(?P<what>branch|tag)/(?P<rev>.+)", Handler.make_ref),
     (("POST",), rf"{FILES}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (("PUT",), r"/lfs/(?P<sha256>\w+)", Handler.lfs_put),

@@ -214,7 +214,7 @@ class Record(TrainerCallback):
     def tell_bad_step(self, state, sentence, row):
         """What the guard against divergence says of a step, for people and for programs."""
         self._metric(state, **row)
-        self._say(sentence)
+        self.say(sentence)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -228,7 +228,7 @@ class Record(TrainerCallback):
             if abs(loss - expected) < 1
             else ("more than 1 nat away: these are not fresh random weights, or their scale is off")
         )
-        self._say(f"First loss {loss:.3f} nats, ln({vocab_size}) = {expected:.3f}: {verdict}.")
+        self.say(f"First loss {loss:.3f} nats, ln({vocab_size}) = {expected:.3f}: {verdict}.")
 
     def _sample(self, model, state):
         """Greedy continuations: no random number is drawn, so training goes on exactly as without them."""
@@ -273,7 +273,8 @@ class Record(TrainerCallback):
             partial.write_text("".join(line for row, line in rows if row["step"] <= step and step), encoding="utf-8")
             os.replace(partial, path)
 
-    def _say(self, sentence):
+    def say(self, sentence):
+        """One sentence for who waits and for the log."""
         self._prose(sentence)
         tqdm.write(sentence)
 

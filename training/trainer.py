@@ -229,6 +229,15 @@ class PretrainTrainer(Trainer):
     def create_model_card(self, *args, **kwargs):
         """Nothing: Trainer's card calls every run a fine-tune."""
 
+    def init_hf_repo(self, *args, **kwargs):
+        """Nothing: hub/ made the repository before anything was spent."""
+
+    def push_to_hub(self, *args, **kwargs):
+        """Nothing: Trainer's push sends training_args.bin, and is silent where it fails; hub/uploads.py sends."""
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Nothing, as push_to_hub."""
+
     def export(self):
         """Write the trained model into output_dir, see `export`. All ranks call; training is over after it."""
         state = None
