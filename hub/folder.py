@@ -168,13 +168,10 @@ def absolute_paths(value):
 
 
 def check_settings(folder: Path, license: str) -> None:
-    """use_cache on, no chat template on a base model, the licence that was given in the card."""
+    """use_cache on, the licence that was given in the card."""
     for name in ("config.json", "generation_config.json"):
         if json.loads((folder / name).read_text(encoding="utf-8")).get("use_cache") is not True:
             raise ValueError(f"{folder / name}: use_cache is not true: whoever generates would wait for it.")
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8")):
-        raise ValueError(f"{settings} has a chat template: a base model does not chat.")
     if (said := RepoCard.load(folder / "README.md").data.get("license")) != license:
         raise ValueError(f"{folder / 'README.md'} says license {said}, asked for is {license}.")
 
