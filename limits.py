@@ -7,8 +7,6 @@ from importlib.util import find_spec
 
 import torch
 from accelerate.utils import DynamoBackend
-from transformers import get_scheduler
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 if __package__:
     from .data.arguments import one_of
@@ -113,6 +111,8 @@ def _check_choices(args):
 
 def _check_environment(args):
     """Hold what is installed and what the launcher left in the environment against the arguments."""
+    from transformers.integrations.integration_utils import get_available_reporting_integrations  # 1 s, not plan.py's
+
     asked = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
     for name in set(asked) - {"none", "all", *get_available_reporting_integrations()}:
         raise ValueError(f"report_to = {name} needs {name}, which is not installed: pip install {name}.")
@@ -126,6 +126,8 @@ def _check_environment(args):
 
 
 def _check_optimizer(args):
+    from transformers import get_scheduler  # 1 s of models and distributed tensors, which plan.py does not need
+
     if "bnb" in str(args.optim) and find_spec("bitsandbytes") is None:
         raise ValueError(
             f"optim = {args.optim} needs bitsandbytes, which is not installed: pip install bitsandbytes, or set "

@@ -1,42 +1,76 @@
 """Peak memory of real training on this CPU beside the plan's, over a grid of settings.
 
-    python benchmarks/plan_memory.py [--only N ...]
+    python benchmarks/plan_memory.py [--only N ...] [--parts]
 
-Each setting trains two steps through run_pretrain.py in a process of its own. Measured is the most resident memory
-above what the process held once everything was imported. glibc is told to hand freed memory back
-(MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_), or it would keep up to half of it for later and the figure would be
-its habits', not the run's.
+Each setting trains two steps through run_pretrain.py in a process of its own, forked from one that has imported
+everything. Measured is the most resident memory above what the process held then. glibc is told to hand freed memory
+back (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_), or it would keep up to half of it for later and the figure would
+be its habits', not the run's. On the first settings the plan's few constants for a CPU were fitted (planning/memory.py:
+RUNTIME, COPIES); the others were chosen afterwards and fitted nothing.
 """
 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-SMALL = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
-LARGE = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
-SIZES = {"small": SMALL | {"intermediate_size": 704}, "large": LARGE | {"intermediate_size": 1408}}
-# size, vocabulary, block_size, micro-batch, accumulation, checkpointing, loss, ZeRO stage, optimizer
-GRID = (
-    ("small", 4096, 512, 16, 1, False, "chunked", None, "adamw_torch_fused"),
-    ("small", 49152, 512, 8, 1, False, "chunked", None, "adamw_bnb_8bit"),
-    ("small", 49152, 512, 4, 1, False, "plain", None, "adamw_torch_fused"),
-    ("small", 16384, 2048, 2, 1, False, "plain", 2, "adamw_bnb_8bit"),
-    ("small", 49152, 1024, 8, 2, True, "chunked", 2, "adamw_bnb_8bit"),
-    ("large", 4096, 512, 8, 1, False, "chunked", None, "adamw_torch_fused"),
-    ("large", 4096, 1024, 4, 1, False, "chunked", 2, "adamw_bnb_8bit"),
-    ("large", 4096, 1024, 8, 1, True, "chunked", 2, "adamw_bnb_8bit"),
-    ("large", 49152, 512, 4, 1, True, "plain", 2, "adamw_bnb_8bit"),
-    ("large", 49152, 512, 8, 1, False, "chunked", 2, "adamw_torch_fused"),
-    ("large", 49152, 512, 8, 2, True, "chunked", None, "adamw_bnb_8bit"),
-    ("large", 4096, 2048, 2, 1, False, "chunked", None, "adamw_torch_fused"),
-    ("large", 16384, 512, 4, 1, False, "plain", 1, "adamw_torch_fused"),
-    ("large", 4096, 256, 16, 1, False, "chunked", 2, "adamw_torch_fused"),
+SIZES = {  # hidden size, layers, heads, key-value heads, MLP
+    "small": (256, 6, 4, 2, 704),
+    "large": (512, 8, 8, 4, 1408),
+    "deep": (192, 16, 3, 3, 512),
+    "medium": (384, 10, 6, 2, 1024),
+    "wide": (768, 4, 12, 4, 2048),
+}
+
+
+class Setting(NamedTuple):
+    """A run of the grid: ZeRO's stage, None without DeepSpeed; words are any others of run_pretrain.py."""
+
+    size: str
+    vocabulary: int
+    block: int
+    micro: int
+    accumulation: int
+    checkpointing: bool
+    loss: str
+    stage: int | None
+    optim: str
+    words: tuple = ()
+
+
+FITTED = (
+    Setting("small", 4096, 512, 16, 1, False, "chunked", None, "adamw_torch_fused"),
+    Setting("small", 49152, 512, 8, 1, False, "chunked", None, "adamw_bnb_8bit"),
+    Setting("small", 49152, 512, 4, 1, False, "plain", None, "adamw_torch_fused"),
+    Setting("small", 16384, 2048, 2, 1, False, "plain", 2, "adamw_bnb_8bit"),
+    Setting("small", 49152, 1024, 8, 2, True, "chunked", 2, "adamw_bnb_8bit"),
+    Setting("large", 4096, 512, 8, 1, False, "chunked", None, "adamw_torch_fused"),
+    Setting("large", 4096, 1024, 4, 1, False, "chunked", 2, "adamw_bnb_8bit"),
+    Setting("large", 4096, 1024, 8, 1, True, "chunked", 2, "adamw_bnb_8bit"),
+    Setting("large", 49152, 512, 4, 1, True, "plain", 2, "adamw_bnb_8bit"),
+    Setting("large", 49152, 512, 8, 1, False, "chunked", 2, "adamw_torch_fused"),
+    Setting("large", 49152, 512, 8, 2, True, "chunked", None, "adamw_bnb_8bit"),
+    Setting("large", 4096, 2048, 2, 1, False, "chunked", None, "adamw_torch_fused"),
+    Setting("large", 16384, 512, 4, 1, False, "plain", 1, "adamw_torch_fused"),
+    Setting("large", 4096, 256, 16, 1, False, "chunked", 2, "adamw_torch_fused"),
+)
+HELD_OUT = (
+    Setting("medium", 32768, 768, 6, 1, False, "chunked", 2, "adamw_bnb_8bit"),
+    Setting("medium", 8192, 1536, 2, 2, False, "chunked", None, "adamw_torch_fused"),
+    Setting("medium", 32768, 256, 8, 1, True, "plain", None, "adamw_torch_fused"),
+    Setting("wide", 8192, 1024, 8, 1, True, "chunked", 2, "adamw_torch_fused"),
+    Setting("wide", 32768, 128, 2, 1, True, "chunked", 2, "adamw_bnb_8bit"),
+    Setting("wide", 32768, 128, 2, 1, True, "chunked", None, "adamw_bnb_8bit"),
+    Setting("deep", 8192, 512, 6, 1, False, "plain", 3, "adamw_bnb_8bit"),
+    Setting("deep", 16384, 1024, 4, 4, False, "chunked", 1, "adamw_torch_fused"),
+    Setting("deep", 8192, 512, 4, 1, False, "chunked", 2, "adamw_torch", ("attn_implementation=eager",)),
+    Setting("medium", 8192, 1024, 4, 1, False, "chunked", 2, "adamw_bnb_8bit", ("intra_document_masking=false",)),
 )
 
 
@@ -46,26 +80,56 @@ def status(key):
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
-def child(words):
-    """Train here; print the most memory above the process's start."""
+def in_a_child(work, log):
+    """What work() returns, a JSON value, in a forked process whose output goes to the file `log`."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reader)
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        try:
+            os.write(writer, json.dumps(work()).encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    if not answer:
+        raise RuntimeError(Path(log).read_text()[-2000:])
+    return json.loads(answer)
+
+
+def trained(words):
+    """Bytes above the start at the fullest moment of a run, trained here."""
     from smolpretrain import run_pretrain
 
     start = status("VmRSS")
     run_pretrain.main(words)
-    print("peak", json.dumps({"start": start, "peak": status("VmHWM") - start}))
+    return status("VmHWM") - start
 
 
 def words_of(setting, directory):
     """run_pretrain.py's words for a setting."""
-    size, vocabulary, block, micro, accumulation, checkpointing, loss, stage, optim = setting
-    overrides = SIZES[size] | {"vocab_size": vocabulary, "max_position_embeddings": 2048}
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    overrides = dict(zip(names, SIZES[setting.size], strict=True))
+    overrides |= {"vocab_size": setting.vocabulary, "max_position_embeddings": 2048}
     return [
         "model_name=smollm2-1m", f"config_overrides={json.dumps(overrides)}", f"tokenizer_name={directory}/tokenizer",
-        f"block_size={block}", f"per_device_train_batch_size={micro}", f"gradient_accumulation_steps={accumulation}",
-        f"activation_checkpointing={json.dumps(checkpointing)}", *(["loss_chunk_tokens=0"] if loss == "plain" else []),
-        f"deepspeed={'null' if stage is None else f'ds_configs/zero{stage}.json'}", f"optim={optim}", "max_steps=2",
-        "warmup_steps=1", "validation_fraction=0", "sample_steps=0", "save_strategy=no", "disable_tqdm=true",
-        "resume=never", f"prepared_dir={directory}/{block}-{vocabulary}", f"output_dir={directory}/run",
+        f"block_size={setting.block}", f"per_device_train_batch_size={setting.micro}",
+        f"gradient_accumulation_steps={setting.accumulation}",
+        f"activation_checkpointing={json.dumps(setting.checkpointing)}",
+        *(["loss_chunk_tokens=0"] if setting.loss == "plain" and setting.stage != 3 else []),
+        f"deepspeed={'null' if setting.stage is None else f'ds_configs/zero{setting.stage}.json'}",
+        f"optim={setting.optim}", "max_steps=2", "warmup_steps=1", "validation_fraction=0", "sample_steps=0",
+        "save_strategy=no", "disable_tqdm=true", "resume=never", f"output_dir={directory}/run",
+        f"prepared_dir={directory}/{setting.block}-{setting.vocabulary}", *setting.words,
     ]  # fmt: skip
 
 
@@ -80,20 +144,6 @@ def predict(words):
     return memory.peak(assemble.set_up(config, values, content, 1, cuda=False))
 
 
-def measure(setting, directory):
-    words = words_of(setting, directory)
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", *words],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | RETURN_MEMORY,
-    )  # fmt: skip
-    found = [line for line in done.stdout.splitlines() if line.startswith("peak ")]
-    if not found:
-        raise RuntimeError(f"{setting}: {done.stdout[-500:]}{done.stderr[-1500:]}")
-    parts = predict(words)
-    moment = parts.pop("moment")
-    return json.loads(found[0][5:])["peak"], sum(parts.values()), moment, parts
-
-
 def make_tokenizer(directory):
     """A tokenizer of 4096 tokens on the built-in text, which every vocabulary of the grid holds."""
     from smolpretrain.data import corpus, tokenization
@@ -101,36 +151,50 @@ def make_tokenizer(directory):
     tokenization.train_tokenizer(corpus.read_documents(), 4096).save_pretrained(f"{directory}/tokenizer")
 
 
+def row(setting, directory, with_parts):
+    """Run a setting, print its row, return how far off the plan is."""
+    words = words_of(setting, directory)
+    measured, parts = in_a_child(lambda: trained(words), f"{directory}/log"), predict(words)
+    moment = parts.pop("moment")
+    planned = sum(parts.values())
+    off = planned / measured - 1
+    size, vocabulary, block, micro, accumulation, checkpointing, loss, stage, optim, more = setting
+    print(
+        f"| {size} | {vocabulary} | {block} | {micro} x {accumulation} | {'yes' if checkpointing else 'no'} | {loss} "
+        f"| {'-' if stage is None else stage} | {' '.join((optim, *more))} | {measured / 2**20:,.0f} MiB "
+        f"| {planned / 2**20:,.0f} MiB | {off:+.0%} |",
+        flush=True,
+    )
+    if with_parts:
+        print("   ", moment, {part: round(count / 2**20) for part, count in parts.items()}, flush=True)
+    return off
+
+
 def main():
-    if sys.argv[1:2] == ["--child"]:
-        return child(sys.argv[2:])
+    if not RETURN_MEMORY.items() <= os.environ.items():  # glibc reads them when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RETURN_MEMORY)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="*", help="rows of the grid, from 0")
     parser.add_argument("--parts", action="store_true", help="the predicted parts of each")
     flags = parser.parse_args()
-    chosen = [GRID[row] for row in flags.only] if flags.only else GRID
-    print(
-        "| size | vocabulary | block | micro x acc. | checkpointing | loss | ZeRO | optimizer | measured | plan | off |"
+    from smolpretrain import run_pretrain  # noqa: F401  once, for all children
+
+    titles = (
+        "size | vocabulary | block | micro x acc. | checkpointing | loss | ZeRO | optimizer | measured | plan | off"
     )
-    print("|---|---:|---:|---:|---|---|---|---|---:|---:|---:|")
-    worst = 0.0
+    os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as directory:
-        make_tokenizer(directory)
-        for setting in chosen:
-            size, vocabulary, block, micro, accumulation, checkpointing, loss, stage, optim = setting
-            measured, planned, moment, parts = measure(setting, directory)
-            off = planned / measured - 1
-            worst = max(worst, abs(off))
-            print(
-                f"| {size} | {vocabulary} | {block} | {micro} x {accumulation} | {'yes' if checkpointing else 'no'} "
-                f"| {loss} | {'-' if stage is None else stage} | {optim} | {measured / 2**20:,.0f} MiB "
-                f"| {planned / 2**20:,.0f} MiB | {off:+.0%} |",
-                flush=True,
-            )
-            if flags.parts:
-                print("   ", moment, {part: round(count / 2**20) for part, count in parts.items()}, flush=True)
-    print(f"\nfurthest off: {worst:.0%} over {len(chosen)} settings")
-    return None
+        in_a_child(lambda: make_tokenizer(directory), f"{directory}/log")
+        number = 0
+        for group, settings in (("the constants were fitted on", FITTED), ("held out", HELD_OUT)):
+            print(f"\n{group}:\n\n| {titles} | off |\n|---|---:|---:|---:|---|---|---:|---|---:|---:|---:|")
+            off = []
+            for setting in settings:
+                if flags.only is None or number in flags.only:
+                    off.append(row(setting, directory, flags.parts))
+                number += 1
+            if off:
+                print(f"\nfurthest off: {max(map(abs, off)):.0%} over {len(off)} settings", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,10 @@ SMOLLM2_70M = counting.built_in("smollm2-135m") | {
     "hidden_size": 384, "num_hidden_layers": 32, "num_attention_heads": 6, "num_key_value_heads": 2,
     "intermediate_size": 1024,
 }  # fmt: skip
+GPT2 = {  # its matrices are gpt_neox's
+    "model_type": "gpt_neox", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "vocab_size": 50257, "tie_word_embeddings": True,
+}  # fmt: skip
 OLMO3 = {"model_type": "olmo3", "vocab_size": 100278, "tie_word_embeddings": False}
 OLMO3_7B = OLMO3 | {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
@@ -40,6 +44,10 @@ RUNS = (
     (
         "TinyLlama-1.1B", TINYLLAMA, 2048, "A100-40GB", 300e9 / 3456 / 3600, 0.56,
         "its README: 3,456 A100 hours for 300B tokens",
+    ),
+    (
+        "GPT-2 124M", GPT2, 1024, "A100-80GB", 10e9 / 8 / 5400, 0.60,
+        "llm.c, discussion 481: 10B tokens in about 90 minutes on 8 A100, up to about 60 %",
     ),
     (
         "Pythia-1B", PYTHIA_1B, 2048, "A100-40GB", 300e9 / 4830 / 3600, None,

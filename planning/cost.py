@@ -35,7 +35,8 @@ def estimate(flops, tokens_a_step, steps, device, ranks, mfu, *, nodes=1, sent=0
 
     Returns:
         {mfu, mfu_range, mfu_source, hours, hours_range, gpu_hours, tokens_per_second, seconds_a_step,
-        network_seconds_a_step, limited_by}; hours None where the device's peak or the steps are unknown.
+        network_seconds_a_step, limited_by}; hours None where the steps are unknown, and the rates where the device's
+        peak is.
     """
     low, middle, high, source = hardware.default_mfu(device)
     work = flops.model / (flops.model + flops.recompute) if checkpointing else 1.0
@@ -45,8 +46,8 @@ def estimate(flops, tokens_a_step, steps, device, ranks, mfu, *, nodes=1, sent=0
     else:
         low = high = mfu
         source = "as asked"
-    found = {"mfu": mfu, "mfu_range": [low, high], "mfu_source": source, "hours": None}
-    if not device.peak_flops or not steps:
+    found = {"mfu": mfu, "mfu_range": [low, high], "mfu_source": source, "hours": None, "tokens_per_second": None}
+    if not device.peak_flops:
         return found
     speed = (network or NETWORK) / (ranks / nodes) if nodes > 1 else device.link
     sending = sent / speed if speed and ranks > 1 else 0.0
@@ -54,15 +55,19 @@ def estimate(flops, tokens_a_step, steps, device, ranks, mfu, *, nodes=1, sent=0
         fraction: max(tokens_a_step * flops.model / (ranks * device.peak_flops * fraction), sending)
         for fraction in (low, mfu, high)
     }
+    found |= {
+        "tokens_per_second": tokens_a_step / seconds[mfu],
+        "seconds_a_step": seconds[mfu],
+        "network_seconds_a_step": sending,
+        "limited_by": "network" if seconds[mfu] == sending and sending else "compute",
+    }
+    if not steps:
+        return found
     hours = {fraction: steps * value / 3600 for fraction, value in seconds.items()}
     return found | {
         "hours": hours[mfu],
         "hours_range": [hours[high], hours[low]],
         "gpu_hours": hours[mfu] * ranks,
-        "tokens_per_second": tokens_a_step / seconds[mfu],
-        "seconds_a_step": seconds[mfu],
-        "network_seconds_a_step": sending,
-        "limited_by": "network" if seconds[mfu] == sending and sending else "compute",
     }
 
 

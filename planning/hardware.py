@@ -36,22 +36,40 @@ def _device(name, tflops, memory_gb, bandwidth_gb, link_gb, watts, source):
     return Device(name, tflops * 1e12, memory_gb * 1e9, bandwidth_gb * 1e9, link_gb * 1e9, watts, source)
 
 
-_GA102 = "NVIDIA Ampere GA102 architecture whitepaper, appendix: RTX 3090, peak BF16 tensor with FP32 accumulate"
-_ADA = "NVIDIA Ada GPU architecture whitepaper, appendix: RTX 4090, peak BF16 tensor with FP32 accumulate"
-_RTX_BLACKWELL = "NVIDIA RTX Blackwell GPU architecture whitepaper: RTX 5090, peak BF16 tensor with FP32 accumulate"
+# Where each figure stands: the vendor's document. These were not to be had where the table was made; each figure was
+# held against pages and public code that quote its document, last in November 2026.
+_NVIDIA = "https://www.nvidia.com"
+_SHEETS = f"{_NVIDIA}/content/dam/en-zz/Solutions/Data-Center"
+_IMAGES = "https://images.nvidia.com/aem-dam/Solutions/geforce"
+_L4 = f"NVIDIA L4 ({_NVIDIA}/en-us/data-center/l4): 242 with sparsity, 72 W; PCIe 4.0 x16"
+_L40S = f"NVIDIA L40S data sheet ({_NVIDIA}/en-us/data-center/l40s): 362.05, 733 with sparsity; PCIe 4.0 x16"
+# The A10's data sheet says 125, at full rate. The A10G accumulates in fp32 at half rate, as GeForce does: 80 SMs x 512
+# FLOPs a clock x 1.71 GHz. Its power is the limit that nvidia-smi prints on AWS's G5.
+_A10G = "A10G of AWS G5: 80 SMs at 1.71 GHz, the GA102 whitepaper's fp32-accumulate rate; nvidia-smi's limit; PCIe 4.0"
+_A100 = f"NVIDIA A100 data sheet ({_SHEETS}/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf), SXM"
+_HOPPER = "NVIDIA H100 whitepaper (https://resources.nvidia.com/en-us-tensor-core), SXM5: 1,978.9 with sparsity"
+_H100_PCIE = f"NVIDIA H100 ({_NVIDIA}/en-us/data-center/h100): 1,513 with sparsity; brief PB-11133-001; PCIe 5.0 x16"
+_H200 = f"NVIDIA H200 ({_NVIDIA}/en-us/data-center/h200): 1,979 with sparsity; NVLink 900 GB/s"
+_B200 = "NVIDIA Blackwell brief, HGX B200 at 1,000 W: 2,250, 4,500 with sparsity; 180 of its 192 GB usable; NVLink 5"
+_GA102 = f"NVIDIA GA102 whitepaper ({_NVIDIA}/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.1.pdf)"
+_ADA = f"NVIDIA Ada whitepaper ({_IMAGES}/ada/nvidia-ada-gpu-architecture.pdf), BF16 with FP32 accumulate; PCIe 4.0 x16"
+_RTX50 = (
+    f"NVIDIA RTX Blackwell whitepaper ({_IMAGES}/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf), BF16 with FP32 "
+    "accumulate; PCIe 5.0 x16"
+)
 DEVICES = (
-    _device("L4", 121, 24, 300, 32, 72, "NVIDIA L4 data sheet (242 with sparsity); PCIe 4.0 x16"),
-    _device("L40S", 362, 48, 864, 32, 350, "NVIDIA L40S data sheet (733 with sparsity); PCIe 4.0 x16"),
-    _device("A10G", 70, 24, 600, 32, None, "NVIDIA's A10G brief for AWS G5 (the A10 has 125); PCIe 4.0 x16"),
-    _device("A100-40GB", 312, 40, 1555, 300, 400, "NVIDIA A100 data sheet, SXM (624 with sparsity); NVLink 600 GB/s"),
-    _device("A100-80GB", 312, 80, 2039, 300, 400, "NVIDIA A100 data sheet, SXM (624 with sparsity); NVLink 600 GB/s"),
-    _device("H100-SXM", 989.4, 80, 3350, 450, 700, "NVIDIA H100 data sheet, SXM (1,979 sparse); NVLink 900 GB/s"),
-    _device("H100-PCIe", 756, 80, 2000, 64, 350, "NVIDIA H100 data sheet, PCIe (1,513 with sparsity); PCIe 5.0 x16"),
-    _device("H200", 989.4, 141, 4800, 450, 700, "NVIDIA H200 data sheet, SXM (1,979 with sparsity); NVLink 900 GB/s"),
-    _device("B200", 2250, 180, 8000, 900, 1000, "NVIDIA HGX B200 data sheet (4,500 with sparsity); NVLink 1.8 TB/s"),
-    _device("RTX-3090", 71, 24, 936, 32, 350, f"{_GA102}; PCIe 4.0 x16"),
-    _device("RTX-4090", 165.2, 24, 1008, 32, 450, f"{_ADA}; PCIe 4.0 x16"),
-    _device("RTX-5090", 209.5, 32, 1792, 64, 575, f"{_RTX_BLACKWELL}; PCIe 5.0 x16"),
+    _device("L4", 121, 24, 300, 32, 72, _L4),
+    _device("L40S", 362.05, 48, 864, 32, 350, _L40S),
+    _device("A10G", 70, 24, 600, 32, 300, _A10G),
+    _device("A100-40GB", 312, 40, 1555, 300, 400, f"{_A100}: 624 with sparsity; NVLink 600 GB/s"),
+    _device("A100-80GB", 312, 80, 2039, 300, 400, f"{_A100}: 624 with sparsity; NVLink 600 GB/s"),
+    _device("H100-SXM", 989.4, 80, 3350, 450, 700, f"{_HOPPER}; NVLink 900 GB/s"),
+    _device("H100-PCIe", 756.5, 80, 2000, 64, 350, _H100_PCIE),
+    _device("H200", 989.4, 141, 4800, 450, 700, _H200),
+    _device("B200", 2250, 180, 8000, 900, 1000, _B200),
+    _device("RTX-3090", 71, 24, 936, 32, 350, f"{_GA102}, BF16 with FP32 accumulate; PCIe 4.0 x16"),
+    _device("RTX-4090", 165.2, 24, 1008, 32, 450, _ADA),
+    _device("RTX-5090", 209.5, 32, 1792, 64, 575, _RTX50),
 )
 NAMES = tuple(device.name for device in DEVICES)
 # What CUDA calls them: the first whose words all stand in it.

@@ -133,11 +133,15 @@ def _time_rows(plan):
     time, devices = plan["time"], plan["devices"]
     yield "devices", f"{devices['ranks']} x {devices['name']}", devices["source"]
     yield "MFU", f"{time['mfu']:.1%}", time["mfu_source"]
-    if time["hours"] is None:
-        yield "time", "unknown", "the steps, or the device's peak, are unknown"
+    if time["tokens_per_second"] is None:
+        yield "time", "unknown", "the device's peak is unknown"
         return
     yield "tokens a second", f"{time['tokens_per_second']:,.0f}"
     yield "seconds a step", f"{time['seconds_a_step']:.3g}", f"{time['network_seconds_a_step']:.2g} s to send gradients"
+    if time["hours"] is None:
+        billion = 1e9 / time["tokens_per_second"] / 3600
+        yield "time", "unknown", f"without the number of steps; a billion tokens take {duration(billion)}"
+        return
     low, high = time["hours_range"]
     spread = f"{duration(low)} to {duration(high)} over the range of MFU" if high > low else ""
     yield "time", duration(time["hours"]), f"{spread}{' (limited by the network)' * (time['limited_by'] == 'network')}"
