@@ -104,9 +104,16 @@ def deepspeed_config(values, ranks):
     return read_json(path) if isinstance(path, str) else path, lines
 
 
+def device_of(plan_args):
+    """The hardware.Device of one rank."""
+    if plan_args.gpu in (None, "cpu"):
+        return hardware.shared(hardware.measure_cpu(), plan_args.gpus // plan_args.nodes)
+    return hardware.find(plan_args.gpu)
+
+
 def plan_of(values, plan_args):
-    """(plan, device, lines about the DeepSpeed JSON) of parsed arguments."""
-    device = hardware.measure_cpu() if plan_args.gpu in (None, "cpu") else hardware.find(plan_args.gpu)
+    """(plan, device, config) of parsed arguments."""
+    device = device_of(plan_args)
     config = counting.load_config(values["model_name"], values["config_overrides"])
     content, lines = deepspeed_config(values, plan_args.gpus)
     plan = assemble.make(
@@ -124,7 +131,7 @@ def budget_flops(flags, words):
     if flags.tokens is not None:
         return laws.flops_for_tokens(flags.tokens)
     (plan_args,) = parse_args(words, (PlanArguments,))
-    device = hardware.measure_cpu() if plan_args.gpu in (None, "cpu") else hardware.find(plan_args.gpu)
+    device = device_of(plan_args)
     mfu = plan_args.mfu or hardware.default_mfu(device)[1]
     return flags.budget_gpu_hours * 3600 * device.peak_flops * mfu
 

@@ -179,9 +179,7 @@ def main():
     flags = parser.parse_args()
     from smolpretrain import run_pretrain  # noqa: F401  once, for all children
 
-    titles = (
-        "size | vocabulary | block | micro x acc. | checkpointing | loss | ZeRO | optimizer | measured | plan | off"
-    )
+    titles = "size | vocabulary | block | micro x acc. | checkpointing | loss | ZeRO | optimizer | measured | plan"
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as directory:
         in_a_child(lambda: make_tokenizer(directory), f"{directory}/log")

@@ -1,15 +1,15 @@
-"""Training time on this CPU beside the plan's: its measured matrix product, and an MFU measured on another size.
+"""Training time on this CPU beside the plan's, with what was measured on another size.
 
-    python benchmarks/plan_time.py [--steps 10] [--cpu_seconds]
+    python benchmarks/plan_time.py [--steps 10] [--only N ...] [--parts]
 
 Each size trains through run_pretrain.py (no DeepSpeed, fused AdamW, bf16 autocast) in a process of its own; the first
-four steps are left out. The utilization of the first size is what the plan is given for the others. --cpu_seconds
-counts the seconds of one thread's CPU instead of the clock's, for a machine that others use at the same time.
+four steps are left out. The plan measures the matrix product and the parts of a step at the model's shapes
+(planning/cpu.py). What a step of the first size took over the sum of its parts is what the plan is given for the
+others; beside it, what the utilization (MFU) of the first size alone would have said.
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -18,15 +18,16 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from smolpretrain.planning import counting
-
 ROOT = Path(__file__).resolve().parents[1]
 WARM, BLOCK, ROWS = 4, 512, 4
 SIZES = {  # hidden size, layers, heads, key-value heads, MLP, vocabulary
     "11M": (384, 6, 6, 2, 1024, 4096),
+    "1M": (128, 4, 2, 1, 352, 4096),
     "19M": (512, 6, 8, 4, 1408, 4096),
     "27M": (512, 9, 8, 4, 1408, 4096),
+    "27M, checkpointing": (512, 9, 8, 4, 1408, 4096),
     "32M, vocabulary 32768": (448, 8, 7, 7, 1216, 32768),
+    "44M": (768, 6, 12, 12, 2048, 4096),
 }
 
 
@@ -40,24 +41,29 @@ def words_of(size, steps, directory):
         "model_name=smollm2-1m", f"config_overrides={json.dumps(overrides(size))}",
         f"tokenizer_name={directory}/tokenizer",
         f"block_size={BLOCK}", f"per_device_train_batch_size={ROWS}", f"max_steps={steps + WARM}", "warmup_steps=2",
-        "validation_fraction=0", "activation_checkpointing=false", "logging_steps=100", "save_strategy=no",
-        "sample_steps=0", "deepspeed=null", "optim=adamw_torch_fused", f"output_dir={directory}/{size.split(',')[0]}",
-        "disable_tqdm=true", f"prepared_dir={directory}/{overrides(size)['vocab_size']}",
+        "validation_fraction=0", f"activation_checkpointing={'checkpointing' in size}", "logging_steps=100",
+        "save_strategy=no", "sample_steps=0", "deepspeed=null", "optim=adamw_torch_fused", "disable_tqdm=true",
+        f"output_dir={directory}/{list(SIZES).index(size)}",
+        f"prepared_dir={directory}/{overrides(size)['vocab_size']}",
     ]  # fmt: skip
 
 
-def child(clock, words):
-    """Train here; print the seconds of each step and the rate of a matrix product before and after."""
+def child(words):
+    """Train here; print the seconds of each step, the rate of a matrix product and the seconds of a step's parts."""
     from transformers import TrainerCallback
 
-    from smolpretrain import run_pretrain
+    from smolpretrain import plan, run_pretrain
+    from smolpretrain.planning import assemble, counting, cpu, hardware
 
-    now, make_trainer = getattr(time, clock), run_pretrain.make_trainer
-    marks, rates = [], [product_rate(now)]
+    values, _ = plan.parse(words)
+    config = counting.load_config(values["model_name"], values["config_overrides"])
+    setup = assemble.set_up(config, values, None, 1, cuda=False)
+    rate, parts = hardware.product_rate(0.5), cpu.parts(config, setup)
+    marks, make_trainer = [time.perf_counter()], run_pretrain.make_trainer
 
     class Mark(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            marks.append(now())
+            marks.append(time.perf_counter())
 
     def marked(*args, **kwargs):
         trainer, log = make_trainer(*args, **kwargs)
@@ -66,64 +72,56 @@ def child(clock, words):
 
     run_pretrain.make_trainer = marked
     run_pretrain.main(words)
-    rates.append(product_rate(now))
-    seconds = [later - sooner for sooner, later in pairwise(marks)]
-    print("measured", json.dumps({"seconds": seconds, "rates": rates}))
+    seconds = statistics.median(later - sooner for sooner, later in pairwise(marks[WARM:]))
+    print("measured", json.dumps({"seconds": seconds, "rate": rate, "parts": parts}))
 
 
-def product_rate(now):
-    """FLOPs a second of the product that planning.hardware measures, best of 30."""
-    import torch
-
-    left, right = torch.randn(1024, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
-    best = float("inf")
-    for _ in range(30):
-        start = now()
-        left @ right
-        best = min(best, now() - start)
-    return 2 * 1024 * 2048 * 2048 / best
-
-
-def train(size, steps, directory, clock):
-    """(median tokens a second after the warm steps, best rate of the matrix product)."""
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if clock == "process_time" else {})
+def train(size, steps, directory):
+    """What child() printed for a size."""
     done = subprocess.run(
-        [sys.executable, __file__, "--child", clock, *words_of(size, steps, directory)],
-        cwd=ROOT, check=True, capture_output=True, text=True, env=environment,
+        [sys.executable, __file__, "--child", *words_of(size, steps, directory)],
+        cwd=ROOT, check=True, capture_output=True, text=True,
     )  # fmt: skip
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("measured "))[9:])
-    return ROWS * BLOCK / statistics.median(found["seconds"][WARM - 1 :]), max(found["rates"])
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("measured "))[9:])
 
 
 def main():
     if sys.argv[1:2] == ["--child"]:
-        return child(sys.argv[2], sys.argv[3:])
+        return child(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--cpu_seconds", action="store_true")
+    parser.add_argument("--only", type=int, nargs="*", help="sizes besides the first, from 1")
+    parser.add_argument("--parts", action="store_true", help="the seconds of each part")
     flags = parser.parse_args()
     from smolpretrain.data import corpus, tokenization
+    from smolpretrain.planning import counting
 
-    clock = "process_time" if flags.cpu_seconds else "perf_counter"
-    print("| size | parameters | product, TFLOPS | measured tokens/s | MFU | planned tokens/s | off |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    mfu, peak, worst = None, 0.0, 0.0
+    print(
+        "| size | parameters | product, TFLOPS | tokens/s | MFU | over its parts | planned tokens/s | off | flat MFU |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    first, worst = None, 0.0
     with tempfile.TemporaryDirectory() as directory:
         tokenization.train_tokenizer(corpus.read_documents(), 4096).save_pretrained(f"{directory}/tokenizer")
-        for size in SIZES:
+        for number, size in enumerate(SIZES):
+            if number and flags.only is not None and number not in flags.only:
+                continue
             config = counting.load_config("smollm2-1m", overrides(size))
-            flops = counting.flops_per_token(config, BLOCK)
-            measured, rate = train(size, flags.steps, directory, clock)
-            planned, off = "-", "(taken)"
-            if mfu is None:
-                mfu, peak = measured * flops / rate, rate
-            else:
-                error = peak * mfu / flops / measured - 1
-                planned, off, worst = f"{peak * mfu / flops:,.0f}", f"{error:+.0%}", max(worst, abs(error))
-            total, reached = counting.count(config).total, measured * flops / rate
-            row = (size, f"{total:,}", f"{rate / 1e12:.2f}", f"{measured:,.0f}", f"{reached:.1%}", planned, off)
+            found = train(size, flags.steps, directory)
+            sums, tokens = sum(found["parts"].values()), ROWS * BLOCK
+            work = counting.flops_per_token(config, BLOCK) * tokens
+            over, mfu = found["seconds"] / sums, work / found["seconds"] / found["rate"]
+            first = first or (over, mfu, found["rate"])
+            planned, flat = sums * first[0], work / (first[1] * first[2])
+            off = found["seconds"] / planned - 1
+            worst = max(worst, abs(off))
+            total = counting.count(config).total
+            row = [size, f"{total:,}", f"{found['rate'] / 1e12:.2f}", f"{tokens / found['seconds']:,.0f}", f"{mfu:.1%}"]
+            row += [f"{over:.2f}", f"{tokens / planned:,.0f}", f"{off:+.0%}", f"{found['seconds'] / flat - 1:+.0%}"]
             print(f"| {' | '.join(row)} |", flush=True)
-    print(f"\nfurthest off: {worst:.0%}, by the product's rate and the MFU of the first size")
+            if flags.parts:
+                print("   ", {part: round(seconds, 4) for part, seconds in found["parts"].items()}, flush=True)
+    print(f"\nfurthest off: {worst:.0%}, with what a step of the first size took over its parts")
     return None
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-from . import contradictions, cost, counting, memory
+from . import contradictions, cost, counting, cpu, memory
 
 
 def make(config, values, device, *, ranks=1, nodes=1, extra=None, deepspeed=None, local=False):
@@ -218,18 +218,23 @@ def largest_micro_batch(setup, room):
 
 
 def _time(plan, flops, setup, device, extra, nodes):
-    gigabits = extra.get("network_gbit_per_second")
+    gigabits, asked = extra.get("network_gbit_per_second"), extra.get("mfu")
+    if asked:
+        utilization = asked, asked, asked, "as asked"
+    elif device.name == "cpu":
+        utilization = cpu.utilization(setup.config, setup)
+    else:
+        utilization = cost.published_mfu(device, flops, setup.checkpointing)
     found = cost.estimate(
         flops,
         plan["data"]["tokens_a_step"],
         plan["data"]["steps"],
         device,
         setup.ranks,
-        extra.get("mfu"),
+        utilization,
         nodes=nodes,
         sent=cost.traffic(plan["model"]["total"], setup.stage, setup.accumulation, setup.ranks),
         network=gigabits * 1e9 / 8 if gigabits else None,
-        checkpointing=setup.checkpointing,
     )
     return found | cost.money_and_energy(found["hours"], setup.ranks, device, extra.get("price_per_gpu_hour"))
 

@@ -22,14 +22,28 @@ def traffic(total_parameters, stage, accumulation, ranks):
     return ((accumulation if stage == 2 else 1) + 1) * bf16 * share
 
 
-def estimate(flops, tokens_a_step, steps, device, ranks, mfu, *, nodes=1, sent=0.0, network=None, checkpointing=False):
+def published_mfu(device, flops, checkpointing):
+    """(lowest, default, highest, source) of the device's published runs, less what recomputing takes.
+
+    Args:
+        flops: counting.Flops of one token.
+        checkpointing: Whether activations are computed again, which MFU does not count.
+    """
+    low, middle, high, source = hardware.default_mfu(device)
+    if not checkpointing:
+        return low, middle, high, source
+    work = flops.model / (flops.model + flops.recompute)
+    source += f"; times {work:.2f}, since recomputed activations are work that MFU leaves out"
+    return low * work, middle * work, high * work, source
+
+
+def estimate(flops, tokens_a_step, steps, device, ranks, utilization, *, nodes=1, sent=0.0, network=None):
     """How long a run takes at a fraction of the peak.
 
     Args:
         flops: counting.Flops of one token.
         device: hardware.Device.
-        mfu: Model FLOPs utilization; None takes the default of the device's published runs, less what recompute
-            takes, since MFU does not count it.
+        utilization: (lowest, taken, highest, source) of the model FLOPs utilization.
         sent: Bytes a rank sends in a step, see `traffic`.
         network: Bytes a second between machines; None is NETWORK.
 
@@ -38,14 +52,7 @@ def estimate(flops, tokens_a_step, steps, device, ranks, mfu, *, nodes=1, sent=0
         network_seconds_a_step, limited_by}; hours None where the steps are unknown, and the rates where the device's
         peak is.
     """
-    low, middle, high, source = hardware.default_mfu(device)
-    work = flops.model / (flops.model + flops.recompute) if checkpointing else 1.0
-    if mfu is None:
-        low, mfu, high = low * work, middle * work, high * work
-        source += f"; times {work:.2f}, since recomputed activations are work that MFU leaves out" if work < 1 else ""
-    else:
-        low = high = mfu
-        source = "as asked"
+    low, mfu, high, source = utilization
     found = {"mfu": mfu, "mfu_range": [low, high], "mfu_source": source, "hours": None, "tokens_per_second": None}
     if not device.peak_flops:
         return found

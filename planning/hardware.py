@@ -83,9 +83,10 @@ _OTHER_CARDS = {"Ti", "SUPER", "Laptop", "NVL", "D", "MIG"}  # of the same name,
 _FOUNDRY = "mosaicml/llm-foundry, scripts/train/benchmarking/README.md, 2,048 tokens"
 _SMOLLM3 = "SmolLM3-3B on 384 H100: 0.29 (its training configuration, Hugging Face 2025)"
 MFU = {
-    "A100": (0.43, 0.50, 0.64, f"{_FOUNDRY}, MPT-125M to 7B: 0.44 to 0.64; TinyLlama-1.1B: 0.56 (its README)"),
+    "A100": (0.35, 0.50, 0.64, f"{_FOUNDRY}, MPT-125M to 7B: 0.44 to 0.64; TinyLlama-1.1B: 0.56; Pythia-1B: 0.35"),
     "H100": (0.29, 0.40, 0.46, f"{_FOUNDRY}, MPT-760M to 7B: 0.35 to 0.46; {_SMOLLM3}"),
     "H200": (0.29, 0.40, 0.46, "the H100's: the same cores"),
+    "cpu": (0.08, 0.20, 0.25, "benchmarks/plan_time.py, 1M to 54M parameters on 2 cores of an Intel Xeon with AMX"),
     "": (0.29, 0.40, 0.64, "no published run on this card was found: between the H100's lowest and the A100's highest"),
 }
 
@@ -124,11 +125,8 @@ def this_device(device):
     return from_cuda_name(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)
 
 
-def measure_cpu(seconds=0.3):
-    """This machine's CPU: its bf16 matrix product measured here, its memory as the system says.
-
-    The rate is the best of several products of 1024 x 2048 x 2048, with the threads torch was given.
-    """
+def product_rate(seconds):
+    """FLOPs a second of a bf16 matrix product on this CPU: the best of 1024 x 2048 x 2048 in so many seconds."""
     import torch
 
     left, right = torch.randn(1024, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
@@ -137,9 +135,21 @@ def measure_cpu(seconds=0.3):
         start = time.perf_counter()
         left @ right
         best = min(best, time.perf_counter() - start)
+    return 2 * 1024 * 2048 * 2048 / best
+
+
+def measure_cpu():
+    """This machine's CPU: its matrix product measured with the threads torch was given, its memory as it says."""
+    import torch
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     source = f"measured here: bf16 matrix product, {torch.get_num_threads()} threads"
-    return Device("cpu", 2 * 1024 * 2048 * 2048 / best, float(memory), None, None, None, source)
+    return Device("cpu", product_rate(0.3), float(memory), None, None, None, source)
+
+
+def shared(device, ranks):
+    """What each of a CPU's ranks has: its part of the memory and of the cores."""
+    return device._replace(memory_bytes=device.memory_bytes / ranks, peak_flops=device.peak_flops / ranks)
 
 
 def default_mfu(device):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.integrations import integration_utils
 
 from smolpretrain import arguments, ds_configs, limits
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
@@ -255,8 +256,8 @@ def test_the_shipped_args_json_parses_and_holds_only_what_differs():
 
 @pytest.mark.parametrize("name", ["trackio", "tensorboard", "wandb"])
 def test_a_dashboard_that_is_not_installed_is_refused(monkeypatch, name):
-    others = [other for other in limits.get_available_reporting_integrations() if other != name]
-    monkeypatch.setattr(limits, "get_available_reporting_integrations", lambda: others)
+    others = [other for other in integration_utils.get_available_reporting_integrations() if other != name]
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: others)
     assert refusal(f"report_to={name}", "deepspeed=null").endswith(f"pip install {name}.")
 
 

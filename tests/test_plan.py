@@ -291,12 +291,14 @@ def test_checkpoints_larger_than_the_disk_are_said(tmp_path):
     ] and not contradictions.disk(plan, values, free_bytes=5 * 10**9)
 
 
-def test_what_does_not_fit_is_told_the_nearest_change_and_it_fits():
+@pytest.mark.parametrize("micro", [8, 9])
+def test_what_does_not_fit_is_told_the_nearest_change_and_it_fits(micro):
     words = ["model_name=smollm2-1.7b", "gpu=L4", "max_steps=100", "activation_checkpointing=false"]
-    plan = planned(*words, "per_device_train_batch_size=8", "optim=adamw_torch", "gpus=4")
+    words += [f"per_device_train_batch_size={micro}", "optim=adamw_torch", "gpus=4"]
+    plan = planned(*words)
     assert plan["memory"]["fits"] is False
     change = plan["memory"]["nearest_change"]["change"]
-    changed = planned(*words, "per_device_train_batch_size=8", "optim=adamw_torch", "gpus=4", *change.split())
+    changed = planned(*words, *change.split())
     assert changed["memory"]["fits"] is True
     assert changed["data"]["tokens_a_step"] == plan["data"]["tokens_a_step"]
 
@@ -395,8 +397,12 @@ def test_hours_and_tokens_are_budgets_too(capsys):
         ),
         (["gpu=V100"], "plan.py: error: command line: gpu = V100 is not known: choose from L4,"),
         (["gpus=3", "nodes=2"], "cannot be shared out over nodes = 2 evenly"),
+        (["gpus=0"], "gpus must be at least 1, got 0."),
+        (["mfu=0"], "mfu must be above 0, got 0"),
         (["mfu=40"], "mfu = 40 is a share of the peak: at most 1"),
         (["per_device_train_batch_size=0"], "per_device_train_batch_size must be at least 1, got 0."),
+        (["gradient_accumulation_steps=0"], "gradient_accumulation_steps must be at least 1, got 0."),
+        (["gpu=L4", "model_name=./none"], "model_name = ./none: no config"),
         (["gpu=L4", "optim=galore_adamw"], "optim = galore_adamw: its state is not counted"),
     ],
 )
@@ -426,6 +432,29 @@ def test_at_its_start_a_run_says_two_lines_and_an_unknown_architecture_stops_non
     assert plan["memory"]["device_bytes"] == total / 2  # the ranks of a machine share it
     said, plan = start.plan(CONFIG_MAPPING["bloom"]().to_dict(), values, cpu, ranks=1)
     assert plan is None and said[0].startswith("plan: none: model_type = bloom is not counted")
+
+
+def test_the_ranks_of_a_machine_share_its_memory_and_its_cores():
+    words = ["model_name=smollm2-1m", "block_size=512", "max_steps=10"]
+    _, alone = plan_command.parse([*words, "gpus=1"])
+    _, pair = plan_command.parse([*words, "gpus=4", "nodes=2"])
+    one, two = plan_command.device_of(alone), plan_command.device_of(pair)
+    assert two.memory_bytes == one.memory_bytes / 2
+    assert hardware.shared(one, 2).peak_flops == one.peak_flops / 2
+
+
+def test_small_tensors_keep_32_bit_state_as_bitsandbytes_has_it():
+    import bitsandbytes
+
+    for numel in (4095, 4096, 5000):
+        weight = torch.nn.Parameter(torch.zeros(numel))
+        optimizer = bitsandbytes.optim.AdamW8bit([weight])
+        weight.grad = torch.ones(numel)
+        optimizer.step()
+        held = optimizer.state[weight]
+        names = [name for name in ("state1", "state2", "absmax1", "absmax2") if name in held]
+        real = sum(held[name].numel() * held[name].element_size() for name in names)
+        assert memory._state_bytes("adamw_bnb_8bit", numel, 8) == real, numel
 
 
 def test_what_a_recorder_needs_for_mfu_is_none_where_it_is_not_known():
