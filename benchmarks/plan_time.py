@@ -1,11 +1,12 @@
 """Training time on this CPU beside the plan's, with what was measured on another size.
 
-    python benchmarks/plan_time.py [--steps 10] [--only N ...] [--parts]
+    python benchmarks/plan_time.py [--steps 10] [--only N ...]
 
 Each size trains through run_pretrain.py (no DeepSpeed, fused AdamW, bf16 autocast) in a process of its own; the first
-four steps are left out. The plan measures the matrix product and the parts of a step at the model's shapes
-(planning/cpu.py). What a step of the first size took over the sum of its parts is what the plan is given for the
-others; beside it, what the utilization (MFU) of the first size alone would have said.
+four steps are left out. The plan measures the matrix product, and which share of it the parts of a step reach at the
+model's shapes (planning/cpu.py). How much longer a step of the first size took than its parts is what the plan is given
+for the others; the last column is what the utilization (MFU) of the first size alone would have said.
+OMP_NUM_THREADS=1 where other programs want the same cores: two threads that wait for each other would be measured.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def words_of(size, steps, directory):
 
 
 def child(words):
-    """Train here; print the seconds of each step, the rate of a matrix product and the seconds of a step's parts."""
+    """Train here; print the seconds of a step, the rate of a matrix product and the share that its parts reach."""
     from transformers import TrainerCallback
 
     from smolpretrain import plan, run_pretrain
@@ -58,7 +59,7 @@ def child(words):
     values, _ = plan.parse(words)
     config = counting.load_config(values["model_name"], values["config_overrides"])
     setup = assemble.set_up(config, values, None, 1, cuda=False)
-    rate, parts = hardware.product_rate(0.5), cpu.parts(config, setup)
+    parts, rate = cpu.of_parts(config, setup), hardware.product_rate(0.5)
     marks, make_trainer = [time.perf_counter()], run_pretrain.make_trainer
 
     class Mark(TrainerCallback):
@@ -73,7 +74,7 @@ def child(words):
     run_pretrain.make_trainer = marked
     run_pretrain.main(words)
     seconds = statistics.median(later - sooner for sooner, later in pairwise(marks[WARM:]))
-    print("measured", json.dumps({"seconds": seconds, "rate": rate, "parts": parts}))
+    print("measured", json.dumps({"seconds": seconds, "rate": rate, "parts_mfu": parts}))
 
 
 def train(size, steps, directory):
@@ -91,14 +92,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--only", type=int, nargs="*", help="sizes besides the first, from 1")
-    parser.add_argument("--parts", action="store_true", help="the seconds of each part")
     flags = parser.parse_args()
     from smolpretrain.data import corpus, tokenization
     from smolpretrain.planning import counting
 
-    print(
-        "| size | parameters | product, TFLOPS | tokens/s | MFU | over its parts | planned tokens/s | off | flat MFU |"
-    )
+    print("| size | parameters | TFLOPS | its parts | MFU | tokens/s | planned tokens/s | off | by MFU alone |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     first, worst = None, 0.0
     with tempfile.TemporaryDirectory() as directory:
@@ -108,20 +106,17 @@ def main():
                 continue
             config = counting.load_config("smollm2-1m", overrides(size))
             found = train(size, flags.steps, directory)
-            sums, tokens = sum(found["parts"].values()), ROWS * BLOCK
-            work = counting.flops_per_token(config, BLOCK) * tokens
-            over, mfu = found["seconds"] / sums, work / found["seconds"] / found["rate"]
-            first = first or (over, mfu, found["rate"])
-            planned, flat = sums * first[0], work / (first[1] * first[2])
-            off = found["seconds"] / planned - 1
+            per_token, tokens_per_second = counting.flops_per_token(config, BLOCK), ROWS * BLOCK / found["seconds"]
+            mfu, parts = tokens_per_second * per_token / found["rate"], found["parts_mfu"]
+            first = first or {"mfu": mfu, "longer": parts / mfu}
+            planned = found["rate"] * parts / first["longer"] / per_token
+            off, flat = planned / tokens_per_second - 1, first["mfu"] / mfu - 1
             worst = max(worst, abs(off))
-            total = counting.count(config).total
-            row = [size, f"{total:,}", f"{found['rate'] / 1e12:.2f}", f"{tokens / found['seconds']:,.0f}", f"{mfu:.1%}"]
-            row += [f"{over:.2f}", f"{tokens / planned:,.0f}", f"{off:+.0%}", f"{found['seconds'] / flat - 1:+.0%}"]
+            row = [size, f"{counting.count(config).total:,}", f"{found['rate'] / 1e12:.2f}"]
+            row += [f"{parts:.1%} / {parts / mfu:.2f}", f"{mfu:.1%}", f"{tokens_per_second:,.0f}"]
+            row += [f"{planned:,.0f}", f"{off:+.0%}", f"{flat:+.0%}"] if number else ["(taken)", "", ""]
             print(f"| {' | '.join(row)} |", flush=True)
-            if flags.parts:
-                print("   ", {part: round(seconds, 4) for part, seconds in found["parts"].items()}, flush=True)
-    print(f"\nfurthest off: {worst:.0%}, with what a step of the first size took over its parts")
+    print(f"\nfurthest off: {worst:.0%}, by its parts and what the first size took over them")
     return None
 
 

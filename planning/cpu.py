@@ -2,9 +2,11 @@
 
 A small model's step is not bound by matrix products, so one share for all sizes would be wrong by a factor of three
 (benchmarks/plan_time.py): attention, the loss and the norms have rates of their own, and the products' depend on
-their shapes.
+their shapes. One thread measures: shares are wanted, not rates, and several threads stall each other for tenths of a
+second where other programs want the same cores.
 """
 
+import contextlib
 import time
 
 from . import counting, hardware
@@ -12,9 +14,8 @@ from . import counting, hardware
 ENOUGH, CALLS = 0.04, 5  # seconds of repetitions for a part, and the fewest of them on a busy machine
 PRODUCTS, LOGITS = 2**32, 2**22  # multiplications and logits at one time: 3 ms at 2.6 TFLOPS, 0.2 s at 40 GFLOPS
 # A real step over the sum of its parts: rotary embeddings, casts, residuals, dispatch and Trainer are in no part.
-# benchmarks/plan_time.py prints it: lowest, taken by default, highest.
+# Lowest, taken by default, highest of what benchmarks/plan_time.py printed on one thread of an Intel Xeon with AMX.
 OVERHEAD = (1.0, 1.3, 1.7)
-SOURCE = "parts of a step measured here at the model's shapes, times what a real step took over them"
 
 
 def utilization(config, setup):
@@ -24,10 +25,29 @@ def utilization(config, setup):
         config: The model's config as a dict.
         setup: memory.Setup of the run.
     """
-    ideal = counting.flops_per_token(config, setup.block_size) * _tokens(setup) / hardware.product_rate(0.1)
-    seconds = sum(parts(config, setup).values())
-    low, middle, high = (ideal / (seconds * overhead) for overhead in reversed(OVERHEAD))
-    return low, middle, high, f"{SOURCE} (benchmarks/plan_time.py): {OVERHEAD[0]:g} to {OVERHEAD[2]:g}"
+    reached = of_parts(config, setup)
+    low, middle, high = (reached / overhead for overhead in reversed(OVERHEAD))
+    source = f"{reached:.1%} by the parts of a step, measured here at the model's shapes; a real step took "
+    return low, middle, high, source + f"{OVERHEAD[0]:g} to {OVERHEAD[2]:g} times as long (benchmarks/plan_time.py)"
+
+
+def of_parts(config, setup):
+    """Utilization of a step that has nothing but its parts."""
+    with _one_thread():
+        work = counting.flops_per_token(config, setup.block_size) * _tokens(setup)
+        return work / hardware.product_rate(0.1) / sum(parts(config, setup).values())
+
+
+@contextlib.contextmanager
+def _one_thread():
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _tokens(setup):

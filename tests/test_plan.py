@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from smolpretrain import plan as plan_command
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 from smolpretrain.command_line import parse_args
-from smolpretrain.planning import assemble, contradictions, counting, hardware, laws, memory, start
+from smolpretrain.planning import assemble, contradictions, counting, cpu, hardware, laws, memory, start
 from smolpretrain.training.model import BUILT_IN, load_config
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
@@ -441,6 +441,25 @@ def test_the_ranks_of_a_machine_share_its_memory_and_its_cores():
     one, two = plan_command.device_of(alone), plan_command.device_of(pair)
     assert two.memory_bytes == one.memory_bytes / 2
     assert hardware.shared(one, 2).peak_flops == one.peak_flops / 2
+
+
+def test_the_parts_of_a_cpu_s_step_are_counted_and_the_threads_given_back(monkeypatch):
+    monkeypatch.setattr(cpu, "_best", lambda work: 1.0)  # a second a call: what is left is how often each is done
+    config = counting.load_config("smollm2-1m")
+    setup = memory.Setup(config, 512, micro_batch=4, accumulation=2, stage=None, checkpointing=False)
+    found, again = cpu.parts(config, setup), cpu.parts(config, replace(setup, checkpointing=True))
+    layers = config["num_hidden_layers"]
+    assert found["products"] == 7 * layers * 3 and again["products"] == 7 * layers * 4  # q, k, v, o, gate, up, down
+    assert found["attention"] == layers * 4 and again["attention"] == layers * 4 * 2  # a row at a time
+    assert found["norms"] == 2 * layers + 1 and again["norms"] == 3 * layers + 1
+    assert found["optimizer"] == 1 / 2
+    mixture = small("olmoe", num_experts=8, num_experts_per_tok=2).to_dict()
+    assert cpu.parts(mixture, replace(setup, config=mixture))["products"] == MORE["num_hidden_layers"] * 3 * (
+        4 + 1 + 2 * 2
+    )  # attention, router, and two products of each of two experts
+    threads = torch.get_num_threads()
+    low, middle, high, source = cpu.utilization(config, setup)
+    assert low < middle < high and "by the parts of a step" in source and torch.get_num_threads() == threads
 
 
 def test_small_tensors_keep_32_bit_state_as_bitsandbytes_has_it():
