@@ -32,13 +32,14 @@ class PlanArguments:
     gpu: str | None = field(default=None, metadata={"help": f"{', '.join(hardware.NAMES)}, or cpu: measured here."})
     gpus: int = field(default=1, metadata={"help": "Devices in all."})
     nodes: int = field(default=1, metadata={"help": "Machines they stand in."})
-    network_gbit_per_second: float = field(default=100.0, metadata={"help": "Between machines, each way."})
+    network_gbit_per_second: float = field(default=100.0, metadata={"help": "Of a machine to others, each way."})
     mfu: float | None = field(
         default=None, metadata={"help": "Share of the dense bf16 peak; default: published runs'."}
     )
     price_per_gpu_hour: float | None = field(default=None, metadata={"help": "In any currency."})
     hours: float | None = field(default=None, metadata={"help": "Hours the run may take: held against the peak."})
     suggest: bool = field(default=False, metadata={"help": "The largest micro-batch, and the accumulation with it."})
+    scaling: bool = field(default=False, metadata={"help": "Traffic and tokens a second on 1 to 64 such machines."})
 
     def __post_init__(self):
         for name in ("gpus", "nodes"):

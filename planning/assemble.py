@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 
 from . import contradictions, cost, counting, cpu, memory
+from . import nodes as machines
 
 
 def make(config, values, device, *, ranks=1, nodes=1, extra=None, deepspeed=None, local=False):
@@ -17,12 +18,12 @@ def make(config, values, device, *, ranks=1, nodes=1, extra=None, deepspeed=None
         values: Arguments by name, as arguments.py has them.
         device: hardware.Device of each rank.
         ranks, nodes: Devices in all, and the machines they stand in.
-        extra: {mfu, price_per_gpu_hour, hours, network_gbit_per_second, suggest}, any of them.
+        extra: {mfu, price_per_gpu_hour, hours, network_gbit_per_second, suggest, scaling}, any of them.
         deepspeed: The DeepSpeed JSON's content, or None.
         local: Whether the run is for this machine, whose free disk then counts.
 
     Returns:
-        {model, data, compute, memory, time, contradictions} of JSON values.
+        {model, data, devices, compute, memory, time, contradictions} of JSON values; scaling too where asked.
     """
     extra = extra or {}
     setup = set_up(config, values, deepspeed, ranks, cuda=device.name != "cpu")
@@ -35,7 +36,11 @@ def make(config, values, device, *, ranks=1, nodes=1, extra=None, deepspeed=None
     plan["devices"]["source"] = device.source
     plan["compute"] = _compute(plan, flops, setup)
     plan["memory"] = _memory(setup, device, extra.get("suggest"))
-    plan["time"] = _time(plan, flops, setup, device, extra, nodes)
+    utilization, gigabits = _utilization(setup, device, flops, extra.get("mfu")), extra.get("network_gbit_per_second")
+    network = gigabits * 1e9 / 8 if gigabits else None
+    plan["time"] = _time(plan, flops, setup, device, utilization, nodes, network, extra.get("price_per_gpu_hour"))
+    if extra.get("scaling"):
+        plan["scaling"] = machines.scale(setup, device, utilization, ranks // nodes, network)
     free = _free_disk(values["output_dir"]) if local else None
     plan["contradictions"] = [
         *contradictions.steps_and_data(plan, values),
@@ -217,14 +222,16 @@ def largest_micro_batch(setup, room):
     return None
 
 
-def _time(plan, flops, setup, device, extra, nodes):
-    gigabits, asked = extra.get("network_gbit_per_second"), extra.get("mfu")
+def _utilization(setup, device, flops, asked):
+    """(lowest, taken, highest, source) of the model FLOPs utilization."""
     if asked:
-        utilization = asked, asked, asked, "as asked"
-    elif device.name == "cpu":
-        utilization = cpu.utilization(setup.config, setup)
-    else:
-        utilization = cost.published_mfu(device, flops, setup.checkpointing)
+        return asked, asked, asked, "as asked"
+    if device.name == "cpu":
+        return cpu.utilization(setup.config, setup)
+    return cost.published_mfu(device, flops, setup.checkpointing)
+
+
+def _time(plan, flops, setup, device, utilization, nodes, network, price):
     found = cost.estimate(
         flops,
         plan["data"]["tokens_a_step"],
@@ -234,9 +241,9 @@ def _time(plan, flops, setup, device, extra, nodes):
         utilization,
         nodes=nodes,
         sent=cost.traffic(plan["model"]["total"], setup.stage, setup.accumulation, setup.ranks),
-        network=gigabits * 1e9 / 8 if gigabits else None,
+        network=network,
     )
-    return found | cost.money_and_energy(found["hours"], setup.ranks, device, extra.get("price_per_gpu_hour"))
+    return found | cost.money_and_energy(found["hours"], setup.ranks, device, price)
 
 
 def _free_disk(directory):

@@ -1,5 +1,7 @@
 """Hours, money, energy and the network's share, from FLOPs and a device's data sheet."""
 
+import math
+
 from . import hardware
 
 NETWORK = 100e9 / 8  # bytes a second and machine where nothing is said: 100 Gbit/s
@@ -45,7 +47,8 @@ def estimate(flops, tokens_a_step, steps, device, ranks, utilization, *, nodes=1
         device: hardware.Device.
         utilization: (lowest, taken, highest, source) of the model FLOPs utilization.
         sent: Bytes a rank sends in a step, see `traffic`.
-        network: Bytes a second between machines; None is NETWORK.
+        network: Bytes a second that a machine sends to others, None is NETWORK. All its ranks' rings pass it once,
+            however many they are (NCCL's bus bandwidth: github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md).
 
     Returns:
         {mfu, mfu_range, mfu_source, hours, hours_range, gpu_hours, tokens_per_second, seconds_a_step,
@@ -56,7 +59,7 @@ def estimate(flops, tokens_a_step, steps, device, ranks, utilization, *, nodes=1
     found = {"mfu": mfu, "mfu_range": [low, high], "mfu_source": source, "hours": None, "tokens_per_second": None}
     if not device.peak_flops:
         return found
-    speed = (network or NETWORK) / (ranks / nodes) if nodes > 1 else device.link
+    speed = device.link if nodes == 1 else min(network or NETWORK, device.link or math.inf)
     sending = sent / speed if speed and ranks > 1 else 0.0
     seconds = {
         fraction: max(tokens_a_step * flops.model / (ranks * device.peak_flops * fraction), sending)

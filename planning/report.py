@@ -69,10 +69,30 @@ def show(plan, console):
             table.add_row(*row, *[""] * (3 - len(row)))
         console.print(table)
         console.print()
+    if "scaling" in plan:
+        console.print(_machines(plan["scaling"]))
+        console.print()
     for line in plan["contradictions"]:
         console.print(f"! {line}", style="bold red", highlight=False, soft_wrap=True)
     if not plan["contradictions"]:
         console.print("Nothing contradicts itself.")
+
+
+def _machines(rows):
+    """Machines against traffic and rate, from sending after computing to sending behind it."""
+    from rich.table import Table
+
+    table = Table(title="Machines, each rank with the rows it has here", title_justify="left", box=None, padding=(0, 2))
+    for name in ("machines", "ranks", "tokens a step", "sent a rank", "computing", "sending", "tokens/s", "efficiency"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        (low, high), (least, most) = row["tokens_per_second"], row["efficiency"]
+        table.add_row(
+            f"{row['nodes']}", f"{row['ranks']:,}", f"{row['tokens_a_step']:,}", f"{row['sent_bytes'] / 1e9:,.2f} GB",
+            f"{row['computing_seconds']:.3g} s", f"{row['sending_seconds']:.3g} s", f"{size(low)} to {size(high)}",
+            f"{least:.0%} to {most:.0%}",
+        )  # fmt: skip
+    return table
 
 
 def _tables(plan):

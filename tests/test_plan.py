@@ -17,6 +17,7 @@ from smolpretrain import plan as plan_command
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 from smolpretrain.command_line import parse_args
 from smolpretrain.planning import assemble, contradictions, counting, cpu, hardware, laws, memory, start
+from smolpretrain.planning import nodes as machines
 from smolpretrain.training.model import BUILT_IN, load_config
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
@@ -329,8 +330,32 @@ def test_a_slow_network_sets_the_pace():
     slow = planned(*words, "network_gbit_per_second=1")["time"]
     sent = 2 * 2 * counting.count(counting.load_config("smollm2-135m")).total * 15 / 16
     assert slow["limited_by"] == "network"
-    assert slow["seconds_a_step"] == pytest.approx(sent / (1e9 / 8 / 8), rel=1e-6)
+    assert slow["seconds_a_step"] == pytest.approx(sent / (1e9 / 8), rel=1e-6)
     assert planned(*words, "network_gbit_per_second=100000")["time"]["limited_by"] == "compute"
+
+
+def test_more_machines_send_what_the_formulas_say_and_hide_it_or_wait_for_it():
+    words = ["gpu=H100-SXM", "gpus=8", "mfu=0.5", "network_gbit_per_second=10", "scaling=true", "deepspeed=null"]
+    rows = planned(*words, "gradient_accumulation_steps=4")["scaling"]
+    assert [row["nodes"] for row in rows] == [1, 2, 4, 8, 16, 32, 64] and rows[-1]["ranks"] == 512
+    parameters = counting.count(counting.load_config("smollm2-135m")).total
+    for row in rows:
+        assert row["sent_bytes"] == pytest.approx(2 * 4 * parameters * (row["ranks"] - 1) / row["ranks"])  # DDP, fp32
+        speed = 450e9 if row["nodes"] == 1 else 10e9 / 8  # NVLink within a machine, then its network
+        assert row["sending_seconds"] == pytest.approx(row["sent_bytes"] / speed)
+        both, longer = (
+            row["computing_seconds"] + row["sending_seconds"],
+            max(row["computing_seconds"], row["sending_seconds"]),
+        )
+        assert row["tokens_per_second"] == pytest.approx([row["tokens_a_step"] / both, row["tokens_a_step"] / longer])
+        assert row["efficiency"][0] < row["efficiency"][1] <= 1
+    # twice the accumulation computes twice as long for the same traffic; ZeRO-3 gathers for every forward and backward
+    more = planned(*words, "gradient_accumulation_steps=8")["scaling"][-1]
+    assert more["sent_bytes"] == rows[-1]["sent_bytes"] and more["efficiency"][0] > rows[-1]["efficiency"][0]
+    zero3 = planned(*words[:-1], "deepspeed=ds_configs/zero3.json", "gradient_accumulation_steps=4")["scaling"][-1]
+    assert zero3["sent_bytes"] == pytest.approx(3 * 4 * 2 * parameters * 511 / 512)
+    with pytest.raises(ValueError, match="its peak is unknown"):
+        machines.scale(None, hardware.from_cuda_name("Tesla T4"), None, 1)
 
 
 # tokens a second and device at the utilization its authors state, and where they say so
