@@ -37,7 +37,7 @@ if __package__:
     from .arguments import FREE_ON_RESUME, SAME_ON_RESUME, SCHEDULE, DataArguments, ModelArguments, PretrainArguments
     from .command_line import collect, parse_args, place, resolve
     from .data import corpus, packing, prepare, stream, tokenization
-    from .eval import generation, judge
+    from .eval import generation, judge, provenance
     from .eval import report as run_report
     from .hub import uploads
     from .planning import start
@@ -47,7 +47,7 @@ else:
     from arguments import FREE_ON_RESUME, SAME_ON_RESUME, SCHEDULE, DataArguments, ModelArguments, PretrainArguments
     from command_line import collect, parse_args, place, resolve
     from data import corpus, packing, prepare, stream, tokenization
-    from eval import generation, judge
+    from eval import generation, judge, provenance
     from eval import report as run_report
     from hub import uploads
     from planning import start
@@ -332,7 +332,11 @@ def story(argv):
         made.add_callback(upload)
     made.facts = run.facts() | {"data": manifest.fingerprint, "arguments_sha256": record.digest(resolved)}
     if RANK == 0:
-        record.write_run(args.output_dir, parameters=get_model_param_count(made.model))
+        machine = {
+            "hardware": provenance.hardware(args.device),
+            "command": [word for word in argv if not word.startswith("--local_rank")],
+        }
+        record.write_run(args.output_dir, parameters=get_model_param_count(made.model), **machine)
     train(made, args, checkpoint)
     result = {"tokens_seen": made.state.num_input_tokens_seen, "skipped_steps": made.divergence.skipped}
     made.export()

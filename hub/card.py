@@ -39,6 +39,14 @@ def make_card(run_dir, repo_id, license, **more):
         ValueError: No licence, a name that cannot be one, a base_model of random weights, or no record of a run.
     """
     check(repo_id, license)
+    try:
+        return _make(run_dir, repo_id, license, more)
+    except (KeyError, TypeError, AttributeError) as error:
+        said = f"its record is not as a run writes it ({type(error).__name__}: {error})."
+        raise ValueError(f"{run_dir}: {said}") from error
+
+
+def _make(run_dir, repo_id, license, more):
     run = read_run(run_dir, repo_id)
     began = run.arguments.get("init_from")
     if more.get("base_model") and not began and not more.get("base_model_relation"):

@@ -3,10 +3,10 @@
 from huggingface_hub import EvalResult
 
 if __package__:
-    from .card_markup import code, number, section, table
+    from .card_markup import code, number, plain, section, table
     from .card_sections import own_label, picture, settings_text, source_name
 else:
-    from card_markup import code, number, section, table
+    from card_markup import code, number, plain, section, table
     from card_sections import own_label, picture, settings_text, source_name
 
 COMPARED = ("bits_per_byte", "token_perplexity", "word_perplexity")  # what of a comparison goes into the model-index
@@ -62,7 +62,7 @@ def _comparison(run):
         for metric in dict.fromkeys(row["metric"] for row in rows):
             found = {row["model"]: row for row in rows if row["metric"] == metric}
             settings = settings_text(next(iter(found.values()))["settings"])
-            name = metric.replace("_", " ") + (f" ({settings})" if settings else "")
+            name = plain(metric.replace("_", " ")) + (f" ({settings})" if settings else "")
             body.append([name, *(_compared(found.get(label)) for label in labels)])
         parts += [f"Compared on {code(data)}:", table(["metric", *map(code, labels)], body)]
     return [*parts, *(picture(*one) for one in run.pictures if one[0].startswith("report/comparison"))]
@@ -75,13 +75,21 @@ def _compared(row):
 
 def _benchmark(run):
     rows = [
-        [code(row["task"]), row["metric"], code(row.get("model")), number(row.get("value")), number(row.get("stderr")),
-         number(row.get("chance")), number(row.get("n"))]
+        [code(row["task"]), f"{plain(row['metric'])}{_asked(row)}", code(row.get("model")), *map(number, (
+            row["value"], row.get("stderr"), row.get("chance"), row.get("n")))]
         for row in run.scores if row.get("value") is not None
     ]  # fmt: skip
     head = ["task", "metric", "model", "value", "standard error", "chance", "n"]
     said = "Benchmarks, by lm-eval; what lies within two standard errors of chance is no better than chance:"
     return [said, table(head, rows)] if rows else ["No benchmark was run."]
+
+
+def _asked(row):
+    """What moves a benchmark's score, for the metric's name."""
+    settings = row.get("settings") or {}
+    shots = f"{settings['num_fewshot']}-shot" if settings.get("num_fewshot") is not None else ""
+    first = f"first {settings['limit']} documents" if settings.get("limit") else ""
+    return f" ({', '.join(filter(None, (shots, first)))})" if shots or first else ""
 
 
 def eval_results(run):
@@ -114,7 +122,7 @@ def eval_results(run):
         if row.get("value") is not None and kind == "checkpoint" and name in run.names:
             results.append(EvalResult(
                 task_type="text-generation", dataset_type=row["task"].split("/")[0], dataset_name=row["task"],
-                metric_type=row["metric"], metric_name=f"{row['metric']} (chance {number(row.get('chance'))}, standard "
-                f"error {number(row.get('stderr'))}, n {row.get('n')})", metric_value=row["value"],
+                metric_type=row["metric"], metric_name=f"{row['metric']}{_asked(row)}", metric_value=row["value"],
+                metric_args={name: row.get(name) for name in ("stderr", "chance", "n")},
             ))  # fmt: skip
     return results

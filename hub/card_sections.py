@@ -2,11 +2,12 @@
 
 import json
 import re
+import shlex
 
 if __package__:
-    from .card_markup import code, listed, number, section, table
+    from .card_markup import code, listed, number, plain, section, table
 else:
-    from card_markup import code, listed, number, section, table
+    from card_markup import code, listed, number, plain, section, table
 
 NOT_MEASURED = "truth of what it writes, bias, toxicity, memorised text, other languages, code that runs"
 
@@ -32,22 +33,22 @@ def source_name(source):
 def settings_text(settings):
     """What a perplexity moves with, for the metric's name."""
     names = ("window", "stride", "prefix")
-    return ", ".join(f"{name} {settings[name]}" for name in names if settings.get(name) is not None)
+    return ", ".join(f"{name} {plain(settings[name])}" for name in names if settings.get(name) is not None)
 
 
 def summary(run):
     """Title, one line, and what did not go as planned."""
     arguments, parameters = run.arguments, run.record.get("parameters")
     start = f"from the weights of {code(arguments['init_from'])}" if arguments.get("init_from") else None
-    start = start or f"from random initialisation (seed {arguments.get('seed')})"
+    start = start or f"from random initialisation (seed {plain(arguments.get('seed'))})"
     size = f"A causal language model of {number(parameters)} parameters" if parameters else "A causal language model"
     seen = f" on {number(run.tokens_seen)} tokens of {source_of(run)}" if run.tokens_seen else ""
-    parts = [f"# {run.name}", f"{size}, pre-trained {start}{seen}."]
+    parts = [f"# {plain(run.name)}", f"{size}, pre-trained {start}{seen}."]
     if not run.result:
-        step, planned = (run.trained[-1]["step"] if run.trained else 0), (run.plan.get("data") or {}).get("steps")
+        planned = (run.plan.get("data") or {}).get("steps")
         planned = f" of {number(planned)}" if planned else ""
-        parts.append(f"**The run has not ended**: its record reaches step {number(step)}{planned}. What a run measures "
-                     "at its end is missing here.")  # fmt: skip
+        reached = f"its record reaches step {number(run.steps)}{planned}"
+        parts.append(f"**The run has not ended**: {reached}. What it measures at its end is missing here.")
     skipped = run.trained[-1].get("skipped_steps") if run.trained else None
     if run.bad or skipped:
         kinds = dict.fromkeys(code(row["bad_step"]) for row in run.bad)
@@ -92,7 +93,7 @@ def model(run):
     ):
         fields[label] = number(config.get(key))
     fields["head tied to the embeddings"] = {True: "yes", False: "no"}.get(config.get("tie_word_embeddings"), "")
-    fields["weights stored as"] = config.get("dtype") or ""
+    fields["weights stored as"] = plain(config.get("dtype") or "")
     trained = "trained on this text" if run.arguments.get("tokenizer_name") == "train" else "the architecture's own"
     asked = run.arguments.get("tokenizer_name")
     fields["tokenizer"] = code(asked) if asked not in (None, "train") else trained
@@ -106,7 +107,7 @@ def data(run):
     parts = ["\n".join(listed(recorded.get("source") or {}) or ["The record names no source."])]
     names = ("documents", "tokens", "bytes", "blocks", "fill", "documents_cut")
     splits = recorded.get("splits") or {}
-    rows = [[split, *(number(entry.get(name)) for name in names)] for split, entry in splits.items()]
+    rows = [[plain(split), *(number(entry.get(name)) for name in names)] for split, entry in splits.items()]
     parts.append(table(["split", *names[:3], "rows", "fill", "documents cut"], rows))
     if run.from_stream:
         said = "Trained straight from the stream of the text: the table counts only its first documents, which gave "
@@ -121,7 +122,7 @@ def data(run):
     packing = {"concat": "documents end to end, cut into rows", "best_fit": "documents up to a row are never cut"}
     how = arguments.get("packing")
     parts.append(f"Packing: {code(how)} ({packing.get(how, 'see the arguments')}), {number(block)} tokens a row, EOS "
-                 f"after each document; {masking}. Held out: validation_fraction {arguments.get('validation_fraction')}"
+                 f"after each document; {masking}. Held out: {plain(arguments.get('validation_fraction'))}"
                  " of the documents, by a hash of their text.")  # fmt: skip
     if not manifest:
         return section("Training data", *parts, "What cleaning left out is not known here: the prepared set's "
@@ -144,19 +145,22 @@ def hyper_parameters(run):
             f"{number(batch * given['block_size'])} tokens: {batch} rows of {number(given['block_size'])} "
             f"({per_step[0]} a micro-batch x accumulation {per_step[1]} x {per_step[2]} ranks)"
         )
-    rows["steps logged last"] = number(run.trained[-1]["step"]) if run.trained else ""
-    betas = f"betas {given.get('adam_beta1')}, {given.get('adam_beta2')}; epsilon {given.get('adam_epsilon')}"
-    rows["optimizer"] = f"{code(given.get('optim'))}; {betas}; weight decay {given.get('weight_decay')}"
+    rows["steps"] = number(run.steps) if run.result else f"{number(run.steps)}, at the last logged one"
+    betas = f"betas {plain(given.get('adam_beta1'))}, {plain(given.get('adam_beta2'))}"
+    rows["optimizer"] = f"{code(given.get('optim'))}; {betas}; epsilon {plain(given.get('adam_epsilon'))}"
+    rows["weight decay"] = f"{plain(given.get('weight_decay'))}, not of norms and biases"
     warmup = given.get("warmup_steps") or 0
     warmup = f"{warmup:.2%} of the steps" if 0 < warmup < 1 else f"{number(warmup)} steps"
     more = f", {code(json.dumps(given['lr_scheduler_kwargs']))}" if given.get("lr_scheduler_kwargs") else ""
-    rows["peak learning rate"] = str(given.get("learning_rate"))
+    rows["peak learning rate"] = plain(given.get("learning_rate"))
     rows["schedule"] = f"{code(given.get('lr_scheduler_type'))}{more}, warm-up {warmup}"
-    rows["gradient clipping"] = f"norm {given.get('max_grad_norm')}"
+    rows["gradient clipping"] = f"norm {plain(given.get('max_grad_norm'))}"
     rows["precision"] = "bfloat16" if given.get("bf16") else "float16" if given.get("fp16") else "float32"
     if given.get("deepspeed"):
         rows["DeepSpeed"] = code(given["deepspeed"] if isinstance(given["deepspeed"], str) else "own configuration")
-    rows["seed"] = str(given.get("seed")) + (f", of the data {given['data_seed']}" if given.get("data_seed") else "")
+    rows["seed"] = plain(given.get("seed"))
+    if given.get("data_seed") is not None:
+        rows["seed of the data's order"] = plain(given["data_seed"])
     return section("Hyper-parameters", table(["", ""], [[name, value] for name, value in rows.items() if value]))
 
 
@@ -168,7 +172,7 @@ def curves(run):
 
 
 def picture(path, alt):
-    return f"![{re.sub(r'([][<>`*_&])', lambda mark: chr(92) + mark[0], alt)}]({path})"
+    return f"![{plain(alt)}]({path})"
 
 
 def samples(run):
@@ -196,7 +200,7 @@ def samples(run):
 
 def _settings_of(row):
     new = f", {row['max_new_tokens']} new tokens at most" if row.get("max_new_tokens") else ""
-    return f"{str(row.get('decoding', '')).capitalize()} continuations{new}"
+    return f"{plain(row.get('decoding', '')).capitalize()} continuations{new}"
 
 
 def own_label(run):
@@ -221,8 +225,9 @@ def intended_use(run):
 
 def provenance(run):
     """Commit, versions, machine, data fingerprint and command."""
-    record, made = run.record, run.comparison
-    versions = ", ".join(f"{name} {found}" for name, found in (record.get("versions") or {}).items() if found)
+    record, made, words = run.record, run.comparison, run.record.get("command")
+    found = (record.get("versions") or {}).items()
+    versions = ", ".join(f"{plain(name)} {plain(version)}" for name, version in found if version)
     hardware = record.get("hardware") or record.get("device")
     rows = {
         "code": f"smolpretrain, commit {code(record.get('git_commit') or 'unknown')}",
@@ -230,8 +235,9 @@ def provenance(run):
         "trained on": f"{code(hardware)}, ranks: {number(run.ranks)}" if hardware and run.ranks else "not recorded",
         "throughput": f"{number(run.result.get('tokens_per_second'))} tokens/s" if run.result else "",
         "compared on": code(made["hardware"]) if made.get("hardware") else "",
+        "interrupted and gone on": ", ".join(f"at step {number(step)}" for step in run.resumed),
         "data fingerprint": code((record.get("data") or {}).get("fingerprint")),
-        "command": code("run_pretrain.py " + " ".join(record["command"])) if record.get("command") else "not recorded",
+        "command": code(f"run_pretrain.py {shlex.join(words)}") if words else "not recorded",
     }
     rows = [[name, value] for name, value in rows.items() if value]
     said = "All from the run's own `run.json`, `metrics.jsonl`, `samples.jsonl` and `report/`; no figure is typed."
@@ -241,19 +247,20 @@ def provenance(run):
 def energy(run):
     """Not measured; the plan's estimate where there is one, called so."""
     time = run.plan.get("time") or {}
-    estimate = f" The plan made before the run estimates {number(time['kilowatt_hours'])} kWh." if time.get(
-        "kilowatt_hours") else ""  # fmt: skip
+    hours = time.get("kilowatt_hours")
+    estimate = f" Estimated before the run, by its plan: {number(hours)} kWh." if hours else ""
     return section("Energy", f"Not measured.{estimate}")
 
 
 def citation(run, repo_id):
     """BibTeX; the year is that of the run's end, where it is recorded."""
-    fields = {"title": run.name}
+    name = re.sub(r"[^\w .-]", "", run.name)
+    fields = {"title": name}
     if repo_id and "/" in repo_id:
         fields = {"author": repo_id.split("/")[0]} | fields | {"howpublished": f"https://huggingface.co/{repo_id}"}
     if run.record.get("finished"):
         fields["year"] = run.record["finished"][:4]
-    fields["note"] = f"Pre-trained with smolpretrain, commit {run.record.get('git_commit') or 'unknown'}"
-    key = re.sub(r"\W", "_", run.name)
+    fields["note"] = f"Pre-trained with smolpretrain, commit {plain(run.record.get('git_commit') or 'unknown')}"
+    key = re.sub(r"\W", "_", name)
     lines = [f"  {name} = {{{value}}}," for name, value in fields.items()]
     return section("Citation", "\n".join(["```bibtex", f"@misc{{{key},", *lines, "}", "```"]))

@@ -13,12 +13,11 @@ SECRETS = re.compile(r"\b(?:hf_\w{20,}|gh[a-z]_\w{20,}|sk-[\w-]{20,}|AKIA[0-9A-Z
 HOMES = re.compile(r"(?<![\w.-])(?:/(?:home|Users)/|[A-Za-z]:\\Users\\)[^\s/\\'\"`,;]+")
 PART = r"[^\s/\\'\"`<>|,;]+"
 PATHS = re.compile(rf"(?:file://|(?<![\w./-]))~?/(?:{PART}/)+({PART})?|(?<!\w)(?:[A-Za-z]:|~)\\(?:{PART}\\)*({PART})?")
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def clean_text(text):
     """Text without what must not leave the machine: tokens go, an absolute path becomes its last part."""
-    text = CONTROLS.sub("\ufffd", text.encode("utf-8", "replace").decode())
+    text = text.encode("utf-8", "replace").decode()
     for name, value in os.environ.items():
         if SECRET_NAMES.search(name) and len(value) >= 16:
             text = text.replace(value, "[removed]")
@@ -77,6 +76,7 @@ class Run:
         trained, held_out, bad: Rows of metrics.jsonl: logged steps, evaluations, steps that were found bad.
         samples: Rows of samples.jsonl, and
         edited: whether a path or a token was taken out of one.
+        resumed: Steps at which it went on after an interruption, from training_log.md.
         config: The model's config.json, or that of the newest checkpoint.
         manifest: The prepared set's, if it is the one that was trained on.
         compared: Rows of report/comparison.csv; comparison: comparison.json; written: its samples.
@@ -92,6 +92,7 @@ class Run:
     bad: list = field(default_factory=list)
     samples: list = field(default_factory=list)
     edited: bool = False
+    resumed: list = field(default_factory=list)
     config: dict = field(default_factory=dict)
     manifest: dict = field(default_factory=dict)
     compared: list = field(default_factory=list)
@@ -120,6 +121,14 @@ class Run:
         """At the end, or at the last logged step of a run that did not end."""
         logged = self.trained[-1].get("tokens_seen") if self.trained else None
         return self.result.get("tokens_seen", logged)
+
+    @property
+    def steps(self):
+        """Optimizer steps: of a run that ended tokens over the tokens of one, else the last that was logged."""
+        logged = self.trained[-1]["step"] if self.trained else 0
+        a_step = (self.plan.get("data") or {}).get("tokens_a_step")
+        whole = self.result and a_step and self.tokens_seen % a_step == 0
+        return max(logged, self.tokens_seen // a_step) if whole else logged
 
     @property
     def ranks(self):
@@ -158,6 +167,7 @@ def read_run(run_dir, repo_id=None):
         bad=[row for row in metrics if "bad_step" in row],
         samples=samples,
         edited=samples != raw,
+        resumed=_resumed(directory / "training_log.md"),
         config=_config(directory),
         manifest=_manifest(directory, record),
         compared=_table(report / "comparison.csv"),
@@ -166,6 +176,11 @@ def read_run(run_dir, repo_id=None):
         scores=read_json(report / "benchmark.json", []),
         pictures=_pictures(report),
     )
+
+
+def _resumed(log):
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return [int(step) for step in re.findall(r"^Resumed at step (\d+)\.$", text, flags=re.MULTILINE)]
 
 
 def _config(directory):

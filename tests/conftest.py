@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -150,3 +151,39 @@ def poison(launch, small_words, tmp_path_factory):
 def skipping(poison):
     """Row 5 makes its micro-batch's loss NaN, row 9, from step 46 on, ten times itself; both are skipped."""
     return poison({"nan_row": 5, "spike_row": 9}, "on_spike=skip", "max_bad_steps=9", **SECRETS)
+
+
+@pytest.fixture(scope="session")
+def reported(launch, corpus_file, tmp_path_factory):
+    """A run on two ranks that two trackers listen to, with held-out loss, samples and its report: 12 steps."""
+    from test_run import TINY
+
+    where = tmp_path_factory.mktemp("reported")
+    words = [word for word in TINY if not word.startswith(("eval_strategy", "sample_steps"))]
+    launch("deepspeed", "--num_gpus", "2", "run_pretrain.py", *words, f"data_files={corpus_file}",
+           f"output_dir={where / 'run'}", "per_device_train_batch_size=2", "max_steps=12", "save_strategy=no",
+           "eval_steps=6", "sample_steps=6", 'report_to=["trackio", "tensorboard"]', "project=smol", "run_name=first",
+           OMP_NUM_THREADS="1", TRACKIO_DIR=str(where / "trackio"), HF_HOME=str(where / "hf"))  # fmt: skip
+    return where / "run"
+
+
+@pytest.fixture(scope="session")
+def compared_run(reported, tmp_path_factory):
+    """That run elsewhere, compared with its random twin on its held-out text, with a benchmark beside its report."""
+    from smolpretrain.eval import compare, report
+
+    copy = tmp_path_factory.mktemp("compared") / "run"
+    shutil.copytree(reported, copy)
+    where = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    where.write_text("The cell makes\nOnce <b>more</b> | `x`\n")
+    compare.main([f"random_init:{copy}", str(copy), "--prepared_dir", str(copy / "prepared"), "--prompts", str(where),
+                  "--window", "32", "--max_new_tokens", "8", "--rounds", "0", "--samples", "2", "--seed", "3",
+                  "--output_dir", str(copy / "report")])  # fmt: skip
+    scores = [
+        {"task": "ours", "metric": "acc", "value": value, "stderr": 0.02, "chance": 0.25, "n": 600, "model": model,
+         "settings": {"limit": None, "num_fewshot": 0, "kind": kind}, "file": "ours.json", "commit": "abc"}
+        for model, kind, value in ((str(copy), "checkpoint", 0.41), (f"random:{copy}", "random_init", 0.24))
+    ]  # fmt: skip
+    (copy / "report" / "benchmark.json").write_text(json.dumps(scores))
+    report.main([str(copy)])
+    return copy

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def write_result(output_dir, log, results, result):
             f"{bits['unigram']:.4f}), over {trained['documents']} documents, window {trained['window']}, stride "
             f"{trained['stride']}."
         )
-    write_run(output_dir, result=result)
+    write_run(output_dir, result=result, finished=datetime.now(UTC).isoformat(timespec="seconds"))
     said.append(
         f"done: {result['tokens_seen']:,} tokens seen, {log.tokens_per_second:,.0f} tokens/s. The model is in "
         f"{output_dir}; training_log.md and report/ there say how it went."
