@@ -332,11 +332,8 @@ def story(argv):
         made.add_callback(upload)
     made.facts = run.facts() | {"data": manifest.fingerprint, "arguments_sha256": record.digest(resolved)}
     if RANK == 0:
-        machine = {
-            "hardware": provenance.hardware(args.device),
-            "command": [word for word in argv if not word.startswith("--local_rank")],
-        }
-        record.write_run(args.output_dir, parameters=get_model_param_count(made.model), **machine)
+        found = {"parameters": get_model_param_count(made.model), "hardware": provenance.hardware(args.device)}
+        record.write_run(args.output_dir, **found, command=argv)
     train(made, args, checkpoint)
     result = {"tokens_seen": made.state.num_input_tokens_seen, "skipped_steps": made.divergence.skipped}
     made.export()

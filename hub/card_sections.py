@@ -225,7 +225,8 @@ def intended_use(run):
 
 def provenance(run):
     """Commit, versions, machine, data fingerprint and command."""
-    record, made, words = run.record, run.comparison, run.record.get("command")
+    record, made = run.record, run.comparison
+    words = [word for word in record.get("command") or () if not word.startswith("--local_rank")]  # the launcher's
     found = (record.get("versions") or {}).items()
     versions = ", ".join(f"{plain(name)} {plain(version)}" for name, version in found if version)
     hardware = record.get("hardware") or record.get("device")
