@@ -205,7 +205,7 @@ def make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, p
     collator = packing.PackedCollator(tokenizer.eos_token_id, data_args.intra_document_masking, cu_seq_lens=flash)
     terms = start.utilization_terms(network.config.to_dict(), data_args.block_size, args.device)
     if RANK == 0:
-        record.write_run(args.output_dir, **terms)
+        record.write_run(args.output_dir, **terms, hardware=provenance.hardware(args.device))
     log = record.Record(
         args.output_dir,
         tokenizer,
@@ -332,8 +332,7 @@ def story(argv):
         made.add_callback(upload)
     made.facts = run.facts() | {"data": manifest.fingerprint, "arguments_sha256": record.digest(resolved)}
     if RANK == 0:
-        found = {"parameters": get_model_param_count(made.model), "hardware": provenance.hardware(args.device)}
-        record.write_run(args.output_dir, **found, command=argv)
+        record.write_run(args.output_dir, parameters=get_model_param_count(made.model), command=argv)
     train(made, args, checkpoint)
     result = {"tokens_seen": made.state.num_input_tokens_seen, "skipped_steps": made.divergence.skipped}
     made.export()
