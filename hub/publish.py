@@ -41,15 +41,18 @@ REMEDIES = {
 }
 
 
-def build(run_dir: Path, target: Path, repo_id: str, license: str, dtype: torch.dtype | None) -> None:
+def build(run_dir: Path, target: Path, repo_id: str, license: str, dtype: torch.dtype | None, own_card=None) -> None:
     """Build the folder of the finished model in `target`, which must not exist.
+
+    Args:
+        own_card: A file that is the card, instead of the one made from the run's record.
 
     Raises:
         ValueError: The run has no finished model, or no record.
     """
     if not folder.has_weights(run_dir):
         raise ValueError(f"{run_dir} has no model*.safetensors: the run is not finished, or it is no run's output_dir.")
-    text = card.make_card(run_dir, repo_id, license)
+    text = Path(own_card).read_text(encoding="utf-8") if own_card else card.make_card(run_dir, repo_id, license)
     folder.write_model(run_dir, target, dtype)
     folder.write_card(target, text, run_dir)
 
@@ -133,7 +136,7 @@ def prepare(args, repository: Repository, run: dict, target: Path) -> None:
     clear(target)
     if args.unsent:
         return
-    build(run_dir, target / "main", repository.name, args.license, DTYPES.get(args.dtype))
+    build(run_dir, target / "main", repository.name, args.license, DTYPES.get(args.dtype), args.card)
     for sentence in folder.check(target / "main", args.license, run_dir):
         print(sentence)
     print(reproduce(run_dir, target / "main", run) if not args.unscored else "its score was not reproduced.")
@@ -187,6 +190,7 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument(
         "--license", required=True, metavar="ID", help="as the Hub names it: apache-2.0, mit, odc-by ..."
     )
+    parser.add_argument("--card", metavar="README.md", help="your own card; default: made from the run's record")
     parser.add_argument("--public", action="store_true", help="anybody may see it; default: you alone")
     parser.add_argument("--checkpoints", action="store_true", help="each checkpoint a branch, step 0 among them")
     parser.add_argument("--tag", help="name the commit of the release, as in v1")

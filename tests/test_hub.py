@@ -179,6 +179,17 @@ def test_the_model_is_written_clean_whatever_the_run_left(run):
     assert str(run) not in (target / "run.json").read_text()
 
 
+def test_a_card_of_one_s_own_is_taken_and_checked_like_any_other(run, capsys, tmp_path):
+    mine = tmp_path / "mine.md"
+    mine.write_text("---\nlicense: apache-2.0\n---\n\n![loss](report/loss.png)\n")
+    words = (run, "--repo", "user/dry", "--dry_run", "--unscored", "--card", mine)
+    publish.main(list(map(str, (*words, *LICENSE))))
+    target = run / "publish" / "main"
+    assert (target / "README.md").read_text() == mine.read_text()
+    assert [path.name for path in (target / "report").iterdir()] == ["loss.png"]
+    assert "says license apache-2.0, asked for is mit." in refusal(capsys, *words, "--license", "mit")
+
+
 @pytest.mark.parametrize(("flag", "dtype"), [("--fp32", torch.float32), ("--bf16", torch.bfloat16)])
 def test_weights_are_written_as_asked(run, flag, dtype):
     publish.main([str(run), "--repo", "user/dry", *LICENSE, "--dry_run", "--unscored", flag])

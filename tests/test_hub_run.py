@@ -1,9 +1,11 @@
 """A run that publishes itself: checked before it starts, never held up, never ended by the Hub, honest at its end."""
 
+import fcntl
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from smolpretrain.arguments import PretrainArguments
 from smolpretrain.command_line import parse_args
 from smolpretrain.hub import uploads
+from smolpretrain.hub.connection import Repository
 
 WORDS = ("deepspeed=null", "optim=adamw_torch", "sample_steps=0", "push_to_hub=true", "hub_license=apache-2.0")
 
@@ -68,6 +71,80 @@ def test_a_hub_that_refuses_for_good_does_not_end_training_and_is_said_once(hub,
     assert set(hub.repos["model", "user/refused"].refs) == branches and not list((out / "unsent").glob("step*"))
 
 
+def at(step, last=False):
+    state = SimpleNamespace(global_step=step, num_input_tokens_seen=step * 256)
+    return None, state, SimpleNamespace(should_training_stop=last)
+
+
+def heard(upload):
+    """Wait for the process that sends, then let the next step hear of it; returns what was said since."""
+    upload.process.wait()
+    upload.said_here.clear()
+    upload.on_step_end(*at(0))
+    return list(upload.said_here)
+
+
+@pytest.fixture
+def upload(client, pushed, tmp_path):
+    """What sends a finished run's checkpoints, as a run uses it; its repository is there."""
+    run, said = tmp_path / "run", []
+    shutil.copytree(pushed[0], run, ignore=shutil.ignore_patterns("run.lock"))
+    repository = Repository("user/step")
+    repository.claim()
+    made = uploads.Uploads(run, repository, "apache-2.0", True, said.append)
+    made.said_here = said
+    return made
+
+
+@pytest.mark.slow
+def test_a_refusal_is_said_once_and_each_save_tries_again_with_all_that_waits(client, monkeypatch, tmp_path, upload):
+    for name, value in client.environment(tmp_path / "hf").items():
+        monkeypatch.setenv(name, value)
+    client.fail("POST", "/commit/", status=413, times=99)
+    upload.on_save(*at(10))
+    (refused,) = heard(upload)
+    assert refused.startswith("NOT uploaded: --repo user/step: the Hub takes no commit of this size (413")
+    shutil.rmtree(upload.run_dir / "checkpoint-10")
+    upload.on_save(*at(20))
+    assert heard(upload) == [] and upload.process is None
+    client.faults.clear()
+    upload.on_save(*at(20))
+    assert heard(upload) == [f"uploaded step{step}-tokens0M to user/step." for step in (10, 20)]
+    assert {"step10-tokens0M", "step20-tokens0M"} < set(client.repos["model", "user/step"].refs)
+
+
+@pytest.mark.slow
+def test_only_whole_checkpoints_of_this_very_run_are_sent_and_none_where_none_is_asked_for(upload):
+    (upload.unsent / "step5-tokens0M").mkdir(parents=True)
+    upload.on_train_begin(*at(0))
+    assert not upload.unsent.exists() and upload.process is None
+    (upload.run_dir / "checkpoint-10" / "manifest.json").unlink()
+    upload.on_save(*at(10))
+    upload.on_save(*at(20, last=True))
+    (waiting,) = upload.unsent.iterdir()
+    assert waiting.name == "step20-tokens0M" and upload.process is None
+    assert {path.name for path in waiting.iterdir()} == {
+        *("config.json", "generation_config.json", "model.safetensors", "manifest.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    shutil.rmtree(upload.unsent)
+    upload.each_save = False
+    upload.on_save(*at(20))
+    upload.on_train_begin(*at(20))
+    assert not upload.unsent.exists()
+
+
+def is_sending(out):
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as publish.py does
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @pytest.mark.slow
 def test_training_goes_on_past_an_upload_that_stands_still_and_a_signal_ends_both(hub, launch, small_words, tmp_path):
     hub.faults.clear()
@@ -93,6 +170,10 @@ def test_training_goes_on_past_an_upload_that_stands_still_and_a_signal_ends_bot
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 75 and "not uploaded yet: " in said
+    deadline = time.monotonic() + 100  # the upload would stand still for 250 s
+    while is_sending(out):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert hub.count("POST", "/models/user/still/commit/") == 1
     waiting = {path.name for path in (out / "unsent").glob("step*")}
     assert {"step0-tokens0M", "step5-tokens0M", "step10-tokens0M"} <= waiting  # the last two were rotated away
