@@ -445,6 +445,23 @@ def test_an_error_that_only_tells_of_another_rank_is_known_as_one(message):
     assert not ranks.LOST.search("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
+def test_a_shared_buffer_that_a_killed_run_has_left_is_removed_and_one_that_ranks_may_still_open_is_not(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "a test's")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    own, others, left = (
+        Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_a test's_{name}") for name in ("1_0", "1_1", "2_0")
+    )
+    try:
+        for path in (own, others, left):
+            path.touch()
+        os.utime(left, (time.time(), time.time() - ranks.MEETING_SECONDS - 1))
+        ranks.forget_shared_buffer(0)
+        assert [path.exists() for path in (own, others, left)] == [False, True, False]
+    finally:
+        for path in (own, others, left):
+            path.unlink(missing_ok=True)
+
+
 @pytest.fixture
 def handlers():
     """What a test does to the handlers of signals is undone."""

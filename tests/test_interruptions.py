@@ -4,6 +4,7 @@ Where the launcher matters it is `deepspeed`; elsewhere tests/faults.py forks ra
 everything. Each fault leaves a line in a file when it happens, and each test counts them.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -96,6 +97,16 @@ def ranks(where):
     yield ranks
     ranks.process.stdin.close()
     ranks.process.wait(60)
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_its_test(where):
+    """What a test that failed has left of its launches ends with it."""
+    yield
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(where) in word for word in process.info["cmdline"] or ()):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
 
 def launch(output_dir, words, log, *before, script=("run_pretrain.py",)):

@@ -4,13 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from smolpretrain.training import ranks
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +61,3 @@ def test_no_group_waits_longer_than_it_is_told_to(failed):
     assert first.startswith("in a group of its own: ") and "1000ms" in first
     assert "error: rank 0 at step 7: rank 1 does not answer" in last and "1000ms" in last
     assert statuses == [1, -9]
-
-
-def test_a_shared_buffer_that_a_killed_run_has_left_is_removed_and_one_that_ranks_may_still_open_is_not(monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "a test's")
-    monkeypatch.setenv("MASTER_PORT", "1")
-    own, others, left = (
-        Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_a test's_{name}") for name in ("1_0", "1_1", "2_0")
-    )
-    try:
-        for path in (own, others, left):
-            path.touch()
-        os.utime(left, (time.time(), time.time() - ranks.MEETING_SECONDS - 1))
-        ranks.forget_shared_buffer(0)
-        assert [path.exists() for path in (own, others, left)] == [False, True, False]
-    finally:
-        for path in (own, others, left):
-            path.unlink(missing_ok=True)
