@@ -11,6 +11,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -37,6 +38,23 @@ def fail(case, rank):
     dist.all_reduce(torch.zeros(1))
 
 
+def begin(rank, group):
+    """What a training's begin does, each rank with a buffer of DeepSpeed's name; then the first waits for the other."""
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{os.environ['MASTER_PORT']}_"
+    buffers = [Path("/dev/shm", f"{name}{number}") for number in range(WORLD)]
+    buffers[rank].touch()
+    dist.barrier()
+    if rank == 1:
+        time.sleep(0.5)  # and only now opens the first one's
+        print(f"there: {buffers[0].exists()}", flush=True)
+    ranks.Begun().on_train_begin(SimpleNamespace(ddp_timeout=5, process_index=rank), None, None)
+    if rank == 0:
+        try:
+            dist.all_reduce(torch.zeros(1), group=group)
+        except RuntimeError as error:
+            print(f"left: {buffers[0].exists()}; in a group of its own: {error}", flush=True)
+
+
 def rank_process(case, rank, port, log):
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1), os.dup2(1, 2)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -52,12 +70,7 @@ def rank_process(case, rank, port, log):
         while not left[1].exists():  # or a rank that fails would break the barrier of one still in it
             time.sleep(0.01)
         if case == "rank 1 hangs":
-            ranks.bound_waiting(1)
-            if rank == 0:
-                try:
-                    dist.all_reduce(torch.zeros(1), group=other)
-                except RuntimeError as error:
-                    print(f"in a group of its own: {error}", flush=True)
+            begin(rank, other)
         fail(case, rank)
 
 

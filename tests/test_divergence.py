@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +142,22 @@ def test_what_a_killed_save_left_of_a_step_is_no_part_of_the_checkpoint_that_tak
         path.write_bytes(b"unfinished")
     train(tmp_path, "loss", {1}, max_steps=4)
     assert saved(tmp_path) == [2, 4] and [path.exists() for path in left] == [False, False, True]
+
+
+def test_an_older_checkpoint_goes_only_once_the_newer_one_counts(tmp_path, monkeypatch):
+    removed, rmtree = [], shutil.rmtree
+
+    def noted(path, **options):
+        if Path(path).exists():
+            removed.append((Path(path).name, [whole.name for whole in checkpoints.finished(tmp_path)]))
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", noted)
+    train(tmp_path, "loss", {1}, max_steps=8, save_total_limit=2)
+    assert removed == [  # its own manifest went first
+        ("checkpoint-2", ["checkpoint-6", "checkpoint-4"]),
+        ("checkpoint-4", ["checkpoint-8", "checkpoint-6"]),
+    ]
 
 
 def test_another_learning_rate_is_in_force_from_the_first_step_on(tmp_path):

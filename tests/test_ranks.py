@@ -1,10 +1,13 @@
 """Ranks that fail show one error, and none waits for ever: real processes over gloo, without a model."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -55,9 +58,49 @@ def test_a_rank_that_was_asked_to_stop_and_loses_another_says_nothing(failed):
     assert failed["rank 1 leaves, rank 0 was asked to stop"] == [[1, 0], ""]
 
 
-def test_no_group_waits_longer_than_it_is_told_to(failed):
+def test_once_training_begins_no_group_waits_longer_than_it_is_told_to(failed):
     statuses, text = failed["rank 1 hangs"]
-    first, last = text.splitlines()
-    assert first.startswith("in a group of its own: ") and "1000ms" in first
-    assert "error: rank 0 at step 7: rank 1 does not answer" in last and "1000ms" in last
+    _, first, last = text.splitlines()
+    assert "in a group of its own: " in first and "5000ms" in first
+    assert "error: rank 0 at step 7: rank 1 does not answer" in last and "5000ms" in last
     assert statuses == [1, -9]
+
+
+def test_shared_buffers_are_forgotten_once_all_ranks_had_time_to_open_them(failed):
+    _, text = failed["rank 1 hangs"]
+    assert text.splitlines()[0] == "there: True" and text.splitlines()[1].startswith("left: False;")
+
+
+WAITING = """
+import pathlib, signal, sys, time
+rank = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: (rank.write_text("told"), sys.exit(75)))
+rank.write_text("waits")
+time.sleep(600)
+"""
+
+
+def test_when_our_launcher_is_killed_the_kernel_tells_the_one_below_and_that_its_ranks(tmp_path):
+    script, rank = tmp_path / "waiting.py", tmp_path / "rank"
+    script.write_text(WAITING)
+    words = ["torchrun", "--standalone", "--nproc_per_node", "1", script, rank]
+    ours = subprocess.Popen([sys.executable, "launch.py", *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    below = []
+    try:
+        wait_for(rank, "waits")
+        below = psutil.Process(ours.pid).children(recursive=True)
+        ours.kill()
+        wait_for(rank, "told")
+        assert psutil.wait_procs(below, timeout=60)[1] == []
+    finally:
+        ours.kill()
+        for process in below:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def wait_for(file, word, seconds=120):
+    end = time.monotonic() + seconds
+    while not (file.exists() and file.read_text() == word) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert file.read_text() == word
