@@ -1,6 +1,7 @@
 """Tokens a second of eval/perplexity.py beside lm-eval's rolling evaluation: same model, windows and text, in one run.
 
-    python benchmarks/evaluation_throughput.py [--model DIR_OR_GGUF] [--documents 48] [--characters 300] [--rounds 3]
+    python benchmarks/evaluation_throughput.py [--model DIR_OR_GGUF | --model_name smollm2-1m --config_overrides JSON]
+        [--documents 48] [--characters 300] [--rounds 3]
 
 Both score the same documents of the built-in text in lm-eval's rolling windows (--compatible_with lm_eval), with the
 same loaded model in float32 and the same tokenizer; the figures they give must agree to 1e-4 or this ends with an
@@ -12,6 +13,7 @@ speed is that of any weights, with a tokenizer trained on the same text.
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import statistics
@@ -49,6 +51,8 @@ def timed(function, *args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
+    parser.add_argument("--model_name", default="smollm2-135m")
+    parser.add_argument("--config_overrides", type=json.loads)
     parser.add_argument("--documents", type=int, default=48)
     parser.add_argument("--characters", type=int)
     parser.add_argument("--window", type=int, default=1024)
@@ -60,7 +64,7 @@ def main():
     if args.model:
         model, (_, tokenizer) = perplexity.load_model(args.model), perplexity.load_config(args.model)
     else:
-        config = load_config("smollm2-135m")
+        config = load_config(args.model_name, args.config_overrides)
         tokenizer = train_tokenizer(documents, config.vocab_size)
         model = random_model(config, 0, "sdpa").eval()
     model.config.use_cache = False  # as perplexity.py has it; a cache would only slow lm-eval down

@@ -229,7 +229,9 @@ def write_gguf(model, tokenizer, path):
     return path
 
 
-def test_a_gguf_file_gives_the_figures_of_the_model_it_was_made_from(model, tokenizer, tmp_path, run_command):
+def test_a_gguf_file_gives_the_figures_of_the_model_it_was_made_from(
+    model, tokenizer, tmp_path, run_command, monkeypatch
+):
     file = write_gguf(model, tokenizer, tmp_path / "tiny.gguf")
     texts = [text for text in TEXTS if "<|" not in text]
     found = run_command("--model", file, "--data_files", as_rows(texts, tmp_path / "t.jsonl"), "--window", 32)
@@ -237,6 +239,10 @@ def test_a_gguf_file_gives_the_figures_of_the_model_it_was_made_from(model, toke
     assert found == found | close(expected)
     with pytest.raises(ValueError, match="no.gguf: no such file"):
         perplexity.locate(f"{tmp_path}/no.gguf")
+    with monkeypatch.context() as without:
+        without.setattr(perplexity, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match="needs the package gguf: pip install gguf"):
+            perplexity.locate(file)
     assert perplexity.locate("us/tiny/q4/m.gguf@v1") == ("us/tiny", {"revision": "v1", "gguf_file": "q4/m.gguf"})
 
 
