@@ -41,7 +41,7 @@ def read(directory):
     for row in rows:
         row |= {key: float(row[key]) if row[key] else None for key in ("value", "low", "high")}
     made = json.loads((directory / "comparison.json").read_text(encoding="utf-8"))
-    lines = (directory / "comparison_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (directory / "comparison_samples.jsonl").read_bytes().splitlines()  # text would part at U+2028 too
     return rows, made, list(map(json.loads, lines))
 
 

@@ -55,11 +55,11 @@ def read_json(path, otherwise=None):
 
 def read_rows(path):
     """Rows of a JSON lines file, as they are; a last line that a kill cut short is passed over."""
-    lines = path.read_bytes().decode("utf-8", "replace").splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []  # of text they would part at U+2028 too
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line.decode("utf-8", "replace")))
         except ValueError as error:
             if number < len(lines):
                 raise ValueError(f"{path}: line {number} is no JSON ({error}).") from error

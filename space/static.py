@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 PICTURE = re.compile(r"(data:image/png;base64,[A-Za-z0-9+/=]+)")
 # As in the card's hub/run_record.py: what must not leave the machine.
 SECRETS = re.compile(r"\b(?:hf_\w{20,}|gh[a-z]_\w{20,}|sk-[\w-]{20,}|AKIA[0-9A-Z]{16})")
+HOMES = re.compile(r"(?<![\w.<-])/(?:home|Users)/[^\s/'\"`<>&|,;]+")
 PATHS = re.compile(r"(?<![\w./<-])~?/(?:[^\s/'\"`<>&|,;]+/)+([^\s/'\"`<>&|,;]*)")
 
 
@@ -32,17 +33,17 @@ def clean(text):
         if re.search(r"TOKEN|SECRET|PASSWORD|(API|ACCESS)_KEY", name) and len(value) >= 16:
             text = text.replace(value, "[removed]")
     parts = PICTURE.split(text)
-    parts[::2] = [PATHS.sub(r"\1", SECRETS.sub("[removed]", part)) for part in parts[::2]]
+    parts[::2] = [PATHS.sub(r"\1", HOMES.sub("~", SECRETS.sub("[removed]", part))) for part in parts[::2]]
     return "".join(parts)
 
 
 def read_rows(path):
     """Samples of a JSON lines file, cleaned; none where there is no file, nor of a last line that a kill cut short."""
-    lines = path.read_bytes().decode("utf-8", "replace").splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []  # of text they would part at U+2028 too
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8", "replace"))
             rows.append(row | {key: clean(row[key]) for key in ("prompt", "text", "model") if key in row})
         except ValueError as error:
             if number < len(lines):

@@ -13,6 +13,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from smolpretrain.arguments import PretrainArguments
 from smolpretrain.data.packing import PackedCollator
 from smolpretrain.data.tokenization import train_tokenizer
+from smolpretrain.eval import report
+from smolpretrain.hub import run_record
+from smolpretrain.space import static
 from smolpretrain.training import held_out, loss, model, record
 from smolpretrain.training.trainer import PretrainTrainer
 
@@ -378,6 +381,14 @@ def test_a_resumed_run_writes_later_metrics_and_samples_again(tmp_path, evaluate
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": 2}, {"step": 4}, *([] if evaluated_again else [{"step": 4, "eval_loss": 3.0}])]
     assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [2, 4]
+
+
+def test_a_sample_with_a_line_separator_in_it_is_one_row_for_a_resumed_run_and_its_readers(tmp_path):
+    row = {"step": 2, "text": "one\u2028two\x85three"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    record.Record(tmp_path, None, torch.device("cpu"))._keep_until(4, evaluated_again=False)
+    for read in (report.read_rows, run_record.read_rows, static.read_rows):
+        assert read(tmp_path / "samples.jsonl") == [row]
 
 
 def test_a_log_line_is_of_the_steps_since_the_last_and_mfu_is_absent_where_a_peak_is_unknown(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -266,7 +267,8 @@ class Record(TrainerCallback):
         """Drop what a resumed run writes again, and a row that a kill cut short."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.directory / name
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+            text = path.read_text(encoding="utf-8") if path.is_file() else ""
+            lines = re.findall(r".*\n", text)  # splitlines would part a text at U+2028 too
             rows = [(json.loads(line), line) for line in lines if line.endswith("}\n")]
             if evaluated_again:
                 rows = [(row, line) for row, line in rows if row["step"] != step or "eval_loss" not in row]
