@@ -20,6 +20,7 @@ from .connection import Repository, check_license, owner
 
 NOT_UPLOADED = publish.NOT_UPLOADED
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ROOM = 10  # models: a link outlives its checkpoint, and the next one has up to 16 bytes a parameter beside these 2
 REMEDIES = publish.REMEDIES | {
     402: "the Hub asks for payment ({said}); free some private storage, choose a paid plan, or set "
     "hub_private_repo=false"
@@ -86,7 +87,14 @@ class Uploads(TrainerCallback):
         if not self.each_save or not (checkpoint / branches.MANIFEST).is_file():
             return
         files = [*folder.model_files(checkpoint), checkpoint / branches.MANIFEST]
-        self._put(branches.name_of(state.global_step, state.num_input_tokens_seen), files)
+        branch, size = (
+            branches.name_of(state.global_step, state.num_input_tokens_seen),
+            sum(map(os.path.getsize, files)),
+        )
+        if self._waiting() and shutil.disk_usage(self.run_dir).free < ROOM * size:
+            self.say(f"{branch} is not kept for the Hub: the disk is too full for the checkpoints to come.")
+        else:
+            self._put(branch, files)
         if not control.should_training_stop:
             self._start()
 

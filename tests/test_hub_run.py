@@ -114,7 +114,7 @@ def test_a_refusal_is_said_once_and_each_save_tries_again_with_all_that_waits(cl
 
 
 @pytest.mark.slow
-def test_only_whole_checkpoints_of_this_very_run_are_sent_and_none_where_none_is_asked_for(upload):
+def test_only_whole_checkpoints_of_this_very_run_are_sent_and_none_where_none_is_asked_for(upload, monkeypatch):
     (upload.unsent / "step5-tokens0M").mkdir(parents=True)
     upload.on_train_begin(*at(0))
     assert not upload.unsent.exists() and upload.process is None
@@ -127,6 +127,13 @@ def test_only_whole_checkpoints_of_this_very_run_are_sent_and_none_where_none_is
         *("config.json", "generation_config.json", "model.safetensors", "manifest.json"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
+    model = sum(path.stat().st_size for path in waiting.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * model - 1))
+    (upload.run_dir / "checkpoint-20").rename(upload.run_dir / "checkpoint-30")
+    upload.on_save(*at(30, last=True))
+    assert [path.name for path in upload.unsent.iterdir()] == ["step20-tokens0M"]
+    assert upload.said_here[-1].startswith("step30-tokens0M is not kept for the Hub: the disk is too full")
+    (upload.run_dir / "checkpoint-30").rename(upload.run_dir / "checkpoint-20")
     shutil.rmtree(upload.unsent)
     upload.each_save = False
     upload.on_save(*at(20))
