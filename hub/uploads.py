@@ -87,11 +87,9 @@ class Uploads(TrainerCallback):
         if not self.each_save or not (checkpoint / branches.MANIFEST).is_file():
             return
         files = [*folder.model_files(checkpoint), checkpoint / branches.MANIFEST]
-        branch, size = (
-            branches.name_of(state.global_step, state.num_input_tokens_seen),
-            sum(map(os.path.getsize, files)),
-        )
-        if self._waiting() and shutil.disk_usage(self.run_dir).free < ROOM * size:
+        branch = branches.name_of(state.global_step, state.num_input_tokens_seen)
+        room = ROOM * sum(map(os.path.getsize, files))
+        if self._waiting() and shutil.disk_usage(self.run_dir).free < room:
             self.say(f"{branch} is not kept for the Hub: the disk is too full for the checkpoints to come.")
         else:
             self._put(branch, files)
