@@ -13,7 +13,6 @@ import sys
 import time
 from argparse import ArgumentParser
 from itertools import islice
-from pathlib import Path
 
 if __name__ == "__main__":  # a signal during ten seconds of imports: nothing has begun
     for _number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -55,7 +54,6 @@ else:
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
 NOT_ARCHITECTURE = {"transformers_version", "use_cache", "_name_or_path", "dtype", "architectures"}
-HERE = Path(__file__).resolve().parent
 RANK = int(os.environ.get("RANK", 0))
 ABOVE = guards.launchers()
 TOKENIZER_DOCUMENTS = 100_000  # a BPE's merges settle long before; the built-in text has 600
@@ -315,7 +313,7 @@ def story(argv):
         if RANK == 0:
             planned, plan = start.plan(config.to_dict(), resolved, args.device, args.world_size)
             say("\n".join(planned))
-            record.write_start(args.output_dir, resolved, manifest, git=record.git_commit(HERE), plan=plan)
+            record.write_start(args.output_dir, resolved, manifest, git=provenance.code_commit(), plan=plan)
         network, zero3 = build_model(model_args, data_args, args, config)
     except (ValueError, OSError) as error:
         if debug:

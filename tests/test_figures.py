@@ -1,6 +1,7 @@
 """Claims about the figures of eval/perplexity.py: equal to other tools, with intervals that cover, of any model."""
 
 import json
+import re
 
 import gguf
 import numpy as np
@@ -12,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from test_perplexity import CLOSE, DOCUMENTS, byte_tokenizer, close, make_model, score
 
-from smolpretrain.eval import perplexity
+from smolpretrain.eval import perplexity, provenance
 from smolpretrain.eval.intervals import bootstrap, measure
 from smolpretrain.eval.perplexity import summarize
 
@@ -285,3 +286,10 @@ def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(tokenizer):
     model.register_forward_pre_hook(lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     with pytest.raises(torch.OutOfMemoryError):
         score(model, tokenizer, TEXTS)
+
+
+def test_the_commit_is_this_checkout_s_and_none_outside_of_one(monkeypatch, tmp_path):
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", provenance.code_commit())
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "eval" / "provenance.py"))
+    (tmp_path / "eval").mkdir()
+    assert provenance.code_commit() is None

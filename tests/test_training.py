@@ -358,10 +358,6 @@ def test_versions_of_what_is_not_installed_are_none(monkeypatch):
     assert record.versions()["not-there"] is None and record.versions()["torch"]
 
 
-def test_the_commit_is_none_outside_a_checkout(tmp_path):
-    assert record.git_commit(tmp_path) is None
-
-
 @pytest.mark.parametrize(
     ("first", "verdict"), [(math.log(512) + 0.3, "as random weights"), (2.0, "more than 1 nat away")]
 )

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import resource
-import subprocess
 import sys
 import time
 from datetime import UTC, datetime
@@ -87,16 +86,6 @@ def versions():
         except PackageNotFoundError:
             found[name] = None
     return found
-
-
-def git_commit(directory):
-    """The checkout's commit, with -dirty where files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(directory), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
 
 
 def peak_memory_gib(device):
