@@ -25,7 +25,9 @@ SAME_ON_RESUME = (
     *("seed", "data_seed", "per_device_train_batch_size", "dataloader_drop_last", "bf16", "max_grad_norm", "optim"),
     *("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
-SCHEDULE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")  # what allow_changes can name
+SCHEDULE = (  # what allow_changes can name
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_fraction"),
+)
 FREE_ON_RESUME = (
     *("max_steps", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "keep_every_steps"),
     *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "max_eval_samples", "sample_steps"),
@@ -136,6 +138,13 @@ class PretrainArguments(TrainingArguments):
     )
     warmup_steps: float = field(
         default=0.01, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps."}
+    )
+    decay_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the run, its last steps, in which lr_scheduler_type=warmup_stable_decay falls to 0: 0.1 "
+            "and 0.2 in SmolLM2. Linearly, unless lr_scheduler_kwargs names another decay_type."
+        },
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prepared set, unless max_steps."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})

@@ -19,6 +19,7 @@ RANGES = {
         "learning_rate max_grad_norm adam_epsilon num_train_epochs save_steps eval_steps logging_steps "
         "neftune_noise_alpha",
     ),
+    "above 0 and at most 1": (lambda v: 0 < v <= 1, "decay_fraction"),
     "at least 0": (
         lambda v: v >= 0,
         "weight_decay warmup_steps sample_steps loss_chunk_tokens keep_every_steps dataloader_num_workers",
@@ -63,6 +64,7 @@ def check(args):
     _check_ranges(args)
     _check_choices(args)
     _check_environment(args)
+    _check_decay(args)
     _check_optimizer(args)
     _check_compilation(args)
 
@@ -125,6 +127,37 @@ def _check_environment(args):
         )
 
 
+def _check_decay(args):
+    """decay_fraction belongs to one schedule, says its length alone, and leaves room for the warm-up."""
+    share, options = args.decay_fraction, args.lr_scheduler_kwargs or {}
+    stable = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) == "warmup_stable_decay"
+    if share is None:
+        if stable and "num_decay_steps" not in options:
+            raise ValueError(
+                "decay_fraction is not set: lr_scheduler_type = warmup_stable_decay asks how much of the run decays, "
+                "as in decay_fraction=0.1 (SmolLM2: 0.1 to 0.2)."
+            )
+        return
+    if not stable:
+        raise ValueError(
+            f"decay_fraction = {share} is of lr_scheduler_type=warmup_stable_decay, not of {args.lr_scheduler_type}."
+        )
+    for name in {"num_decay_steps", "num_stable_steps"} & options.keys():
+        raise ValueError(f"decay_fraction = {share} and lr_scheduler_kwargs' {name} say the same: keep one.")
+    warmup = args.warmup_steps
+    if warmup >= 1 and args.max_steps < 1:
+        raise ValueError(
+            f"decay_fraction = {share} with warmup_steps = {warmup}: the run's steps are not known before its data "
+            "is, so give warmup_steps as a share below 1, or set max_steps."
+        )
+    warmup_share = warmup / args.max_steps if warmup >= 1 else warmup
+    if warmup_share + share > 1:
+        raise ValueError(
+            f"decay_fraction = {share} and warmup_steps = {warmup} ({warmup_share:g} of the run) are together more "
+            "than the run: lower one of them."
+        )
+
+
 def _check_optimizer(args):
     from transformers import get_scheduler  # 1 s of models and distributed tensors, which plan.py does not need
 
@@ -134,6 +167,8 @@ def _check_optimizer(args):
             "optim=adamw_torch_fused (32-bit state: 4 times its memory)."
         )
     name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
+    if args.decay_fraction is not None:
+        options = options | {"num_decay_steps": 1}  # in steps once these are known: training/schedule.py
     try:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=2, scheduler_specific_kwargs=options)

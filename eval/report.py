@@ -30,7 +30,7 @@ COLUMNS = ("figure", "value", "low", "high", "n", "file", "settings", "commit")
 ARGUMENTS = (
     *("model_name", "tokenizer_name", "config_overrides", "block_size", "packing", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type"),
-    *("warmup_steps", "optim", "weight_decay", "bf16", "deepspeed", "seed"),
+    *("warmup_steps", "decay_fraction", "optim", "weight_decay", "bf16", "deepspeed", "seed"),
 )
 STEPS_SHOWN = 4  # of the samples: as many columns as a page takes
 

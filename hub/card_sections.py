@@ -152,6 +152,8 @@ def hyper_parameters(run):
     warmup = given.get("warmup_steps") or 0
     warmup = f"{warmup:.2%} of the steps" if 0 < warmup < 1 else f"{number(warmup)} steps"
     more = f", {code(json.dumps(given['lr_scheduler_kwargs']))}" if given.get("lr_scheduler_kwargs") else ""
+    if given.get("decay_fraction"):
+        more += f", decay over the last {given['decay_fraction']:.2%} of the steps"
     rows["peak learning rate"] = plain(given.get("learning_rate"))
     rows["schedule"] = f"{code(given.get('lr_scheduler_type'))}{more}, warm-up {warmup}"
     rows["gradient clipping"] = f"norm {plain(given.get('max_grad_norm'))}"

@@ -28,6 +28,7 @@ TINY = [
     "per_device_train_batch_size=2", "deepspeed=null", "disable_tqdm=true",
 ]  # fmt: skip
 TOKEN = "hf_" + "b2C3" * 8
+WSD = ["lr_scheduler_type=warmup_stable_decay"]
 ENVIRONMENT_SECRET = "0123456789abcdef0123456789abcdef01234567"  # 40 hexadecimal digits, as wandb's keys
 LEFT = {"run.json", "metrics.jsonl", "training_log.md", "model.safetensors", "config.json", "report"}
 
@@ -173,7 +174,25 @@ ROWS = [
     ("B13", [inline(bf16={"check_grad_overflow": False})], "would apply gradients that are not finite. Take it out."),
     ("B13", ["fsdp=full_shard"], 'fsdp must be null, got "full_shard": deepspeed=ds_configs/zero3.json'),
     ("B13", ["optim=adamw_bnb"], "Did you mean adamw_bnb_8bit?"),
-    ("B13", ["lr_scheduler_type=warmup_stable_decay"], "do not fit lr_scheduler_type = warmup_stable_decay: "),
+    ("B13", ["lr_scheduler_type=warmup_stable_decay"], "decay_fraction is not set: lr_scheduler_type = warmup_stable"),
+    ("B13", ["lr_scheduler_type=polynomial", 'lr_scheduler_kwargs={"x": 1}'], "do not fit lr_scheduler_type = polyno"),
+    ("B13", ["decay_fraction=0.2"], "decay_fraction = 0.2 is of lr_scheduler_type=warmup_stable_decay, not of cosine"),
+    ("B13", ["decay_fraction=0", *WSD], "decay_fraction must be above 0 and at most 1, got 0."),
+    (
+        "B13",
+        ["decay_fraction=0.2", *WSD, 'lr_scheduler_kwargs={"num_decay_steps": 3}'],
+        "decay_fraction = 0.2 and lr_scheduler_kwargs' num_decay_steps say the same: keep one",
+    ),
+    (
+        "B13",
+        ["decay_fraction=0.2", *WSD, "max_steps=-1", "warmup_steps=3"],
+        "decay_fraction = 0.2 with warmup_steps = 3: the run's steps are not known before its data is",
+    ),
+    (
+        "B13",
+        ["decay_fraction=0.8", *WSD, "max_steps=10", "warmup_steps=3"],
+        "decay_fraction = 0.8 and warmup_steps = 3 (0.3 of the run) are together more than the run",
+    ),
     ("B13", ["train_sampling_strategy=group_by_length"], "= 'group_by_length' is not one of random, sequential."),
     ("B13", ["save_strategy=best"], "save_strategy = 'best' is not one of no, steps, epoch."),
     ("B13", ["use_cache=true"], "use_cache must be false, got true: packed rows would attend across documents"),

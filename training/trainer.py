@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from . import checkpoints, space
+from . import checkpoints, schedule, space
 from .divergence import Divergence
 
 
@@ -99,6 +99,11 @@ class PretrainTrainer(Trainer):
         GroupedBits.__name__ = cls.__name__  # DeepSpeed and logs show the name
         self.optimizer = GroupedBits([{"params": p, **options[k]} for k, p in groups.items() if p], **kwargs)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Trainer's, with shares of the run in steps."""
+        self.args.lr_scheduler_kwargs = schedule.resolve(self.args, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _track_num_input_tokens(self, inputs):
         """Count tokens seen over all ranks; rows are full on every rank, so nothing is gathered."""
