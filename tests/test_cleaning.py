@@ -3,14 +3,13 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_prepare import TEXTS, TOKENIZER, files
+from test_prepare import TEXTS, TOKENIZER, files, kill_at_batch
 
 from smolpretrain.arguments import DataArguments
 from smolpretrain.data import cleaning as cleaning_module
@@ -18,7 +17,6 @@ from smolpretrain.data import readers, shards
 from smolpretrain.data.cleaning import NGRAM_WORDS, WORD, Decontaminator, Seen
 from smolpretrain.data.corpus import describe_source, read_documents
 from smolpretrain.data.prepare import load_validation_documents, prepare
-from smolpretrain.data.progress import Progress
 
 
 def clean(directory, texts, kill_after=None, validation_fraction=0, **cleaning):
@@ -28,15 +26,7 @@ def clean(directory, texts, kill_after=None, validation_fraction=0, **cleaning):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "READ_BYTES", 200)
         patch.setattr(shards, "SHARD_BYTES", 500)
-        seen, tick = [], Progress.tick
-
-        def count(self, batch):
-            tick(self, batch)
-            seen.append(batch)
-            if len(seen) == kill_after:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        patch.setattr(Progress, "tick", count)
+        kill_at_batch(patch, kill_after)
         source = {"data_files": [str(path)]}
         return prepare(
             read_documents(**source), TOKENIZER, 16, directory, describe_source(**source), validation_fraction,

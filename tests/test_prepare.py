@@ -340,6 +340,20 @@ t.prepare_corpus(sys.argv[2], sys.argv[3], kill_after=int(sys.argv[4]), packing=
 """
 
 
+def kill_at_batch(patch, number):
+    """End this process as SIGKILL does once so many batches are written; returns the list of those that were."""
+    seen, tick = [], Progress.tick
+
+    def count(self, batch):
+        tick(self, batch)
+        seen.append(batch)
+        if len(seen) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    patch.setattr(Progress, "tick", count)
+    return seen
+
+
 def prepare_corpus(path, directory, kill_after=None, packing="concat", **more):
     """Prepare a file in parts of 2,000 bytes and shards of 500; kill this process when so many batches were written."""
     with pytest.MonkeyPatch.context() as patch:
@@ -347,15 +361,7 @@ def prepare_corpus(path, directory, kill_after=None, packing="concat", **more):
             (readers, "READ_BYTES", 200), (documents_module, "PART_BYTES", 2_000), (shards, "SHARD_BYTES", 500),
         ):  # fmt: skip
             patch.setattr(module, name, value)
-        seen, tick = [], Progress.tick
-
-        def count(self, batch):
-            tick(self, batch)
-            seen.append(batch)
-            if len(seen) == kill_after:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        patch.setattr(Progress, "tick", count)
+        seen = kill_at_batch(patch, kill_after)
         source = {"data_files": [str(path)]}
         made = prepare(
             read_documents(**source), TOKENIZER, 16, directory, describe_source(**source), 0.1, packing,
