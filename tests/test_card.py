@@ -152,8 +152,10 @@ def test_the_batch_is_the_one_over_all_ranks_and_unique_tokens_are_no_more_than_
 
 
 @pytest.mark.slow
-def test_provenance_names_commit_versions_machine_data_and_command(text, compared_run):
-    record = json.loads((compared_run / "run.json").read_text())
+def test_provenance_names_commit_versions_machine_data_and_command(run):
+    record = json.loads((run / "run.json").read_text())
+    edit(run / "run.json", command=["--local_rank=0", *(w for w in record["command"] if "local_rank" not in w)])
+    text = card.make_card(run, None, "mit")
     table = text.split("## Provenance")[1].split("## Energy")[0]
     for value in (record["git_commit"], record["versions"]["torch"], record["hardware"], record["data"]["fingerprint"]):
         assert str(value) in table
@@ -293,6 +295,13 @@ def test_hub_data_sets_are_named_with_their_revision_also_in_a_mixture(run):
 HOSTILE = (
     "</script><script>alert(1)</script> <img src=x onerror=alert(2)> ``` \n\n# Heading\n\n---\n| a | [l](http://x) \x1b"
 )
+
+
+@pytest.mark.slow
+def test_a_manifest_of_another_set_is_not_taken_for_this_run_s(run):
+    assert "null or blank rows passed over: 0" in card.make_card(run, None, "mit")
+    edit(run / "prepared" / "manifest.json", fingerprint="0123456789abcdef", skipped_rows=5)
+    assert "What cleaning left out is not known here" in card.make_card(run, None, "mit")
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from huggingface_hub import RepoCard
 from smolpretrain.space import static
 
 pytestmark = pytest.mark.slow
+HOME = "/home" + "/somebody"
 HOSTILE = "</script><script>document.title='taken'</script><img src='http://127.0.0.1:9/x.png' onerror='alert(1)'> <b>"
 CONTRAST = """() => {
   const linear = (v) => (v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
@@ -147,7 +148,7 @@ def test_without_scripts_the_first_pair_and_all_samples_stand_there(page):
         assert plain.locator("noscript").inner_text() == "Choosing others needs JavaScript."
 
 
-def test_nothing_that_was_recorded_is_markup_and_the_policy_would_stop_it(run, tmp_path):
+def test_nothing_that_was_recorded_is_markup_and_the_policy_would_stop_it(run, hub, tmp_path):
     rows, written = (rows_of(run / name) for name in ("samples.jsonl", "report/comparison_samples.jsonl"))
     for row in [*rows, *written]:
         row |= {"prompt": row["prompt"] + HOSTILE, "text": HOSTILE}
@@ -159,14 +160,21 @@ def test_nothing_that_was_recorded_is_markup_and_the_policy_would_stop_it(run, t
     record["arguments"]["init_from"] = HOSTILE
     (run / "run.json").write_text(json.dumps(record))
     report = run / "report" / "report.html"
-    report.write_text(report.read_text().replace("</main>", "<script>document.title='report'</script></main>"))
+    put = "<script>document.title='report'</script>"
+    put += "".join(f"<{tag} src='{hub.endpoint}/a-{tag}'></{tag}>" for tag in ("img", "iframe", "audio"))
+    report.write_text(report.read_text().replace("</main>", f"{put}</main>"))
     static.write_page(run, tmp_path / "out")
     with opened(tmp_path / "out" / "index.html") as shown:
         shown.keyboard.press("Tab")
         shown.keyboard.press("ArrowDown")
-        assert shown.title() == "run" and asked_for(shown) == [] and shown.locator("main > img, .pane img").count() == 0
-        assert words(shown, "left")[3] == HOSTILE
-        assert len(shown.errors) == 1 and "Content Security Policy" in shown.errors[0], "the script put into the report"
+        assert shown.title() == "run" and shown.locator(".pane img").count() == 0
+        assert words(shown, "left")[3] == HOSTILE and hub.count("GET", "/a-") == 0
+        assert len(shown.errors) == 4, "what was put into the report"
+        assert all("Content Security Policy" in error for error in shown.errors), shown.errors
+    (run / "samples.jsonl").unlink()
+    static.write_page(run, tmp_path / "compared")
+    with opened(tmp_path / "compared" / "index.html") as shown:
+        assert words(shown, "left")[0].startswith(f"random run{HOSTILE}, ") and shown.locator(".pane img").count() == 0
 
 
 def test_no_path_and_no_token_reaches_the_page(run, tmp_path, monkeypatch):
@@ -176,10 +184,12 @@ def test_no_path_and_no_token_reaches_the_page(run, tmp_path, monkeypatch):
     rows[-1]["text"] = f"\n{run}/x.txt {SECRETS['HF_TOKEN']} {SECRETS['WANDB_API_KEY']} \ud800 and/or https://a.org/b/c"
     write_rows(run / "samples.jsonl", rows)
     report = run / "report" / "report.html"
-    report.write_text(report.read_text().replace("</main>", f"<p>{run}/a b {SECRETS['GITHUB_TOKEN']}</p></main>"))
+    report.write_text(
+        report.read_text().replace("</main>", f"<p>{run}/a b {HOME} {SECRETS['GITHUB_TOKEN']}</p></main>")
+    )
     static.write_page(run, tmp_path / "out")
     text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    for forbidden in (str(run), str(run.parent), *SECRETS.values()):
+    for forbidden in (str(run), str(run.parent), "somebody", *SECRETS.values()):
         assert forbidden not in text, forbidden
     assert "\\nx.txt [removed] [removed] ? and/or https://a.org/b/c" in text
     for picture in re.findall(r"data:image/png;base64,[A-Za-z0-9+/=]+", report.read_text()):
@@ -202,11 +212,13 @@ def test_a_run_with_less_says_what_is_missing(run, tmp_path):
         assert shown.errors == [] and "This run wrote no samples" in shown.locator("main").inner_text()
 
 
-def test_the_folder_is_a_whole_static_space(page):
+def test_the_folder_is_a_whole_static_space(page, run, tmp_path):
     assert sorted(path.name for path in page.parent.iterdir()) == ["README.md", "index.html"]
     front = RepoCard.load(page.with_name("README.md")).data.to_dict()
     assert front["sdk"] == "static" and front["app_file"] == "index.html" and front["license"] == "mit"
-    assert front["models"] == ["user/tiny"] and len(front["short_description"]) <= 60
+    assert front["models"] == ["user/tiny"] and front["short_description"] == "Report and samples of tiny"
+    static.write_page(run, tmp_path / "out", f"user/{'long' * 20}")
+    assert len(RepoCard.load(tmp_path / "out" / "README.md").data.short_description) == 60, "the Hub takes no more"
 
 
 @pytest.mark.parametrize(
