@@ -32,8 +32,8 @@ IN_CHECKPOINT = re.compile(r"checkpoint-\d+(/|$)")
 
 
 class Fault(TrainerCallback):
-    """Points: prepare, begin, substep, step, prediction, end (after training), and in checkpoints file (each written)
-    and rotation (each removed).
+    """Points: prepare, begin, substep, step, prediction, end (after training), and in checkpoints file (each written),
+    choice (each manifest read) and rotation (each removed).
 
     Does: kill all, raise, sleep SECONDS, SIGTERM ... to this rank, group SIGTERM to all ranks and their children, await
     stop until this rank has heard why to stop, count.
@@ -94,6 +94,8 @@ class Fault(TrainerCallback):
         elif event == "open" and isinstance(args[0], str) and IN_CHECKPOINT.search(args[0]):
             if (args[1] and args[1][0] in "wax") or (args[1] is None and args[2] & (os.O_WRONLY | os.O_RDWR)):
                 self.reach("file", args[0])
+            elif args[0].endswith("manifest.json"):
+                self.reach("choice", args[0])
         elif event == "os.rename" and IN_CHECKPOINT.search(str(args[1])):
             self.reach("file", args[1])
         elif event == "shutil.rmtree" and IN_CHECKPOINT.search(str(args[0])):

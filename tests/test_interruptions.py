@@ -379,6 +379,17 @@ def test_a_rank_that_hangs_or_is_killed_ends_the_run_and_is_named(left_alone, wo
         assert_equal_runs(left_alone, output_dir)
 
 
+def test_a_first_rank_that_hangs_before_training_ends_the_run_too(left_alone, words, where, ranks):
+    output_dir = where / "unchosen"
+    shutil.copytree(left_alone, output_dir)
+    fault = {"point": "choice", "at": 1, "rank": 0, "do": "sleep 1000"}
+    statuses, text = ranks.run(output_dir, [*words, "ddp_timeout=5"], fault, grace=2)
+    assert statuses == [-signal.SIGKILL, 1], text[-2000:]
+    assert (
+        text.count("error: rank 1 outside training: rank 0 does not answer: killed (out of memory?) or hanging.") == 1
+    )
+
+
 def test_two_runs_cannot_share_an_output_dir(words, where, ranks):
     lock.take(where / "shared")
     statuses, text = ranks.run(where / "shared", words)
