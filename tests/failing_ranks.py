@@ -62,8 +62,8 @@ def rank_process(case, rank, port, log):
     with ranks.one_error(rank, WORLD, lambda: "at step 7", lambda: asked):
         if case == "both raise before they have met":
             raise KeyError(f"boom of {rank}")
-        dist.init_process_group("gloo", timeout=timedelta(seconds=90))
-        other = dist.new_group()
+        dist.init_process_group("gloo", timeout=timedelta(seconds=40))
+        other = dist.new_group(timeout=timedelta(seconds=40))
         dist.barrier()
         left = Path(f"{log}.{rank}"), Path(f"{log}.{1 - rank}")
         left[0].touch()

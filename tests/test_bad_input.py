@@ -361,14 +361,18 @@ def test_a_port_that_is_taken_is_named(places, tmp_path):
     assert f"MASTER_ADDR:MASTER_PORT = 127.0.0.1:{there['MASTER_PORT']}: the ranks cannot meet there" in done.stderr
 
 
-def test_save_steps_past_the_end_are_said_but_not_refused_and_odd_paths_work(places, tmp_path, monkeypatch, capsys):
+def test_save_steps_past_the_end_and_nothing_held_out_are_said_but_not_refused_and_odd_paths_work(
+    places, tmp_path, monkeypatch, capsys
+):
     odd = tmp_path / "d\u00e9p\u00f4t of texts"
     odd.mkdir()
     shutil.copy(places["corpus"], odd / "t\u00e9xts 1.jsonl")
     monkeypatch.setenv("HOME", str(tmp_path))
     file = odd / ".." / odd.name / "t\u00e9xts 1.jsonl"
-    run_pretrain.main([*TINY, f"data_files={file}", "output_dir=~/r\u00fcn 1", "max_steps=1"])
-    assert "save_steps = 500: no checkpoint is written before the last of the 1 steps." in capsys.readouterr().out
+    run_pretrain.main([*TINY, f"data_files={file}", "output_dir=~/r\u00fcn 1", "max_steps=1", "validation_fraction=0"])
+    said = capsys.readouterr().out
+    assert "save_steps = 500: no checkpoint is written before the last of the 1 steps." in said
+    assert "no held-out row: held-out loss is not measured during training" in said
     assert (tmp_path / "r\u00fcn 1" / "model.safetensors").is_file()
 
 
