@@ -64,7 +64,8 @@ def _comparison(run):
             settings = settings_text(next(iter(found.values()))["settings"])
             name = plain(metric.replace("_", " ")) + (f" ({settings})" if settings else "")
             body.append([name, *(_compared(found.get(label)) for label in labels)])
-        parts += [f"Compared on {code(data)}:", table(["metric", *map(code, labels)], body)]
+        said = "in brackets the 95 % interval, of speeds the slowest and the fastest round"
+        parts += [f"Compared on {code(data)}; {said}:", table(["metric", *map(code, labels)], body)]
     return [*parts, *(picture(*one) for one in run.pictures if one[0].startswith("report/comparison"))]
 
 

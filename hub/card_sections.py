@@ -68,7 +68,8 @@ def quick_start(run, repo_id):
 from transformers import pipeline
 
 generate = pipeline("text-generation", model={repo_id or "."!r})
-print(generate({prompt!r}, max_new_tokens=48, do_sample=False)[0]["generated_text"])
+text = generate({prompt!r}, max_new_tokens=48, do_sample=False)
+print(text[0]["generated_text"])
 ```""")  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def model(run):
     asked = run.arguments.get("tokenizer_name")
     fields["tokenizer"] = code(asked) if asked not in (None, "train") else trained
     rows = [[label, value] for label, value in fields.items() if value not in ("", "``")]
-    return section("Model at a glance", table(["", ""], rows))
+    return section("Model at a glance", table(["what", "value"], rows))
 
 
 def data(run):
@@ -143,7 +144,7 @@ def hyper_parameters(run):
         batch = per_step[0] * per_step[1] * per_step[2]
         rows["global batch"] = (
             f"{number(batch * given['block_size'])} tokens: {batch} rows of {number(given['block_size'])} "
-            f"({per_step[0]} a micro-batch x accumulation {per_step[1]} x {per_step[2]} ranks)"
+            f"(micro-batch {per_step[0]} x accumulation {per_step[1]} x ranks {per_step[2]})"
         )
     rows["steps"] = number(run.steps) if run.result else f"{number(run.steps)}, at the last logged one"
     betas = f"betas {plain(given.get('adam_beta1'))}, {plain(given.get('adam_beta2'))}"
@@ -163,7 +164,9 @@ def hyper_parameters(run):
     rows["seed"] = plain(given.get("seed"))
     if given.get("data_seed") is not None:
         rows["seed of the data's order"] = plain(given["data_seed"])
-    return section("Hyper-parameters", table(["", ""], [[name, value] for name, value in rows.items() if value]))
+    return section(
+        "Hyper-parameters", table(["what", "value"], [[name, value] for name, value in rows.items() if value])
+    )
 
 
 def curves(run):
@@ -244,7 +247,7 @@ def provenance(run):
     }
     rows = [[name, value] for name, value in rows.items() if value]
     said = "All from the run's own `run.json`, `metrics.jsonl`, `samples.jsonl` and `report/`; no figure is typed."
-    return section("Provenance", table(["", ""], rows), said)
+    return section("Provenance", table(["what", "value"], rows), said)
 
 
 def energy(run):

@@ -141,7 +141,7 @@ def test_every_figure_of_the_tables_comes_from_a_file_of_the_run(run):
 
 @pytest.mark.slow
 def test_the_batch_is_the_one_over_all_ranks_and_unique_tokens_are_no_more_than_there_are(text, run):
-    assert "| global batch | 256 tokens: 4 rows of 64 (2 a micro-batch x accumulation 1 x 2 ranks) |" in text
+    assert "| global batch | 256 tokens: 4 rows of 64 (micro-batch 2 x accumulation 1 x ranks 2) |" in text
     assert "| steps | 12 |" in text and "`adamw_bnb_8bit`; betas 0.9, 0.95" in text
     assert "Tokens seen: 3,072. Unique: 3,072. Epochs: 0." in text
     record = json.loads((run / "run.json").read_text())
