@@ -9,6 +9,7 @@ FILE_LIMIT = 20  # entries of a list that the card names; the prepared set's man
 
 def code(text):
     """Recorded text as a code span: nothing in it is markup; a line break is written as backslash n, and so on."""
+    text = "not recorded" if text is None else text
     text = re.sub(r"\r\n|[\r\n\x85\u2028\u2029]", r"\\n", str(text)).replace("\t", r"\t")
     text = CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
     if not text.strip():
@@ -20,7 +21,7 @@ def code(text):
 
 def plain(text):
     """Recorded text as one line of prose, its markup taken literally."""
-    one_line = CONTROLS.sub("", " ".join(str(text).split()))
+    one_line = CONTROLS.sub("", " ".join(("not recorded" if text is None else str(text)).split()))
     return re.sub(r"[\\`*{}\[\]<>#~&$!]|(?<!\w)_|_(?!\w)", lambda mark: "\\" + mark[0], one_line)
 
 

@@ -43,7 +43,8 @@ def summary(run):
     start = start or f"from random initialisation (seed {plain(arguments.get('seed'))})"
     size = f"A causal language model of {number(parameters)} parameters" if parameters else "A causal language model"
     seen = f" on {number(run.tokens_seen)} tokens of {source_of(run)}" if run.tokens_seen else ""
-    parts = [f"# {plain(run.name)}", f"{size}, pre-trained {start}{seen}."]
+    earlier = " What those weights had seen before is not counted." if arguments.get("init_from") else ""
+    parts = [f"# {plain(run.name)}", f"{size}, pre-trained {start}{seen}.{earlier}"]
     if not run.result:
         planned = (run.plan.get("data") or {}).get("steps")
         planned = f" of {number(planned)}" if planned else ""
@@ -129,9 +130,12 @@ def data(run):
         return section("Training data", *parts, "What cleaning left out is not known here: the prepared set's "
                        "manifest is not beside this record.")  # fmt: skip
     done = dict(manifest.get("options") or {}) | {f"left out by {k}": n for k, n in manifest["filtered"].items()}
+    if run.from_stream:
+        done.pop("max_documents", None)  # bounds the set that stands in for the stream
     done["null or blank rows passed over"] = manifest.get("skipped_rows") or 0
     done["bad rows passed over"] = (manifest.get("bad_rows") or {}).get("rows") or 0
-    mixed = ["Realised mixture:", "\n".join(listed(manifest["mixture"]))] if manifest.get("mixture") else []
+    where = ", of these first documents" if run.from_stream else ""
+    mixed = [f"Realised mixture{where}:", "\n".join(listed(manifest["mixture"]))] if manifest.get("mixture") else []
     return section("Training data", *parts, *mixed, "Cleaning:", "\n".join(listed(done)))
 
 

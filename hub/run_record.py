@@ -154,7 +154,7 @@ def read_run(run_dir, repo_id=None):
     """
     directory = Path(run_dir)
     record = read_json(directory / "run.json")
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not record.get("arguments"):
         raise ValueError(f"{run_dir}: no run.json of a run; give the output_dir of run_pretrain.py.")
     metrics, raw = clean(read_rows(directory / "metrics.jsonl")), read_rows(directory / "samples.jsonl")
     samples, report = clean(raw), directory / "report"

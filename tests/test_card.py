@@ -274,6 +274,7 @@ def test_weights_of_another_model_are_named_and_only_then_a_base_model_may_be(ru
     record["arguments"]["init_from"] = f"{HOME}/runs/first/checkpoint-500"
     (run / "run.json").write_text(json.dumps(record))
     text = card.make_card(run, None, "mit", base_model="someone/first")
+    assert "What those weights had seen before is not counted." in text
     assert "pre-trained from the weights of `checkpoint-500` on" in text and "from-scratch" not in text
     assert ModelCard(text).data.base_model == "someone/first" and "somebody" not in text
 
@@ -394,7 +395,9 @@ def test_a_mistake_is_one_sentence_and_status_2(run, capsys, words, reason):
     assert not (run / "README.md").exists()
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"arguments": {}, "data": {"splits": {"train": 3}}}'])
+@pytest.mark.parametrize(
+    "text", [None, "{", "[]", "{}", '{"arguments": {"seed": 1}, "data": {"splits": {"train": 3}}}']
+)
 def test_what_is_no_record_of_a_run_is_one_sentence(tmp_path, text):
     if text is not None:
         (tmp_path / "run.json").write_text(text)
@@ -403,9 +406,9 @@ def test_what_is_no_record_of_a_run_is_one_sentence(tmp_path, text):
 
 
 def test_the_least_record_gives_a_card_that_loads(tmp_path):
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"arguments": {"seed": 1}}')
     text = card.make_card(tmp_path, None, "mit")
-    assert headings(text) == SECTIONS and ModelCard(text).data.license == "mit"
+    assert headings(text) == SECTIONS and ModelCard(text).data.license == "mit" and "None" not in text
 
 
 @pytest.mark.slow
