@@ -6,6 +6,7 @@ are hard links: a checkpoint may be removed before it is sent.
 """
 
 import atexit
+import functools
 import os
 import shlex
 import shutil
@@ -48,6 +49,19 @@ def claim(args, say):
     return Uploads(args.output_dir, repository, args.hub_license, args.hub_strategy == "every_save", say)
 
 
+def harmless(method):
+    """What goes wrong with files and processes in a callback is said: it does not end training."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        try:
+            method(self, *args, **kwargs)
+        except OSError as error:
+            self.say(f"NOT uploaded: {error}. The run goes on.")
+
+    return call
+
+
 class Uploads(TrainerCallback):
     """What the first rank sends, and what becomes of it. Nothing here ends a run, nor waits while it trains.
 
@@ -72,6 +86,7 @@ class Uploads(TrainerCallback):
         words = [str(self.run_dir), "--repo", self.repository.name, "--license", self.license]
         return [*words, *["--public"] * self.repository.public, *more]
 
+    @harmless
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not self.each_save:
             return
@@ -82,6 +97,7 @@ class Uploads(TrainerCallback):
                 self._put(branches.name_of(0, 0), tokenizer, config=model.config)
         self._start()
 
+    @harmless
     def on_save(self, args, state, control, **kwargs):
         checkpoint = self.run_dir / f"checkpoint-{state.global_step}"
         if not self.each_save or not (checkpoint / branches.MANIFEST).is_file():
@@ -96,6 +112,7 @@ class Uploads(TrainerCallback):
         if not control.should_training_stop:
             self._start()
 
+    @harmless
     def on_step_end(self, args, state, control, **kwargs):
         self._hear()
 

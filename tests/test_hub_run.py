@@ -135,6 +135,10 @@ def test_only_whole_checkpoints_of_this_very_run_are_sent_and_none_where_none_is
     assert upload.said_here[-1].startswith("step30-tokens0M is not kept for the Hub: the disk is too full")
     (upload.run_dir / "checkpoint-30").rename(upload.run_dir / "checkpoint-20")
     shutil.rmtree(upload.unsent)
+    upload.unsent.write_text("in the way")
+    upload.on_save(*at(20))
+    assert upload.said_here[-1].startswith("NOT uploaded: ") and upload.process is None
+    upload.unsent.unlink()
     upload.each_save = False
     upload.on_save(*at(20))
     upload.on_train_begin(*at(20))
