@@ -23,7 +23,7 @@ else:
 STREAM_DOCUMENTS = 20_000  # at 2 kB each 40 MB of text: seconds to prepare, 100 held out at the default fraction
 SAME_ON_RESUME = (
     *("seed", "data_seed", "per_device_train_batch_size", "dataloader_drop_last", "bf16", "max_grad_norm", "optim"),
-    *("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("optim_args", "z_loss", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
 SCHEDULE = (  # what allow_changes can name
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_fraction"),
@@ -129,8 +129,12 @@ class PretrainArguments(TrainingArguments):
         default="ds_configs/zero2.json",
         metadata={"help": "DeepSpeed JSON, looked up here and then in the package; null trains without DeepSpeed."},
     )
-    optim: OptimizerNames | str = field(
-        default="adamw_bnb_8bit", metadata={"help": "The optimizer, as TrainingArguments names it."}
+    optim: OptimizerNames | typing.Literal["muon"] | str = field(
+        default="adamw_bnb_8bit",
+        metadata={
+            "help": "The optimizer, as TrainingArguments names it, or muon: torch's Muon for hidden matrices, AdamW "
+            "for embeddings, head and norms; deepspeed=null."
+        },
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: SchedulerType | str = field(
@@ -216,6 +220,13 @@ class PretrainArguments(TrainingArguments):
             "help": "The model's licence as the Hub names it, such as apache-2.0. push_to_hub needs it; never guessed."
         },
     )
+    z_loss: float = field(
+        default=0.0,
+        metadata={
+            "help": "Coefficient of the mean square of log Z, which keeps logits small; PaLM and OLMo have 1e-4. It "
+            "is in the gradient and has a row of its own, `z_loss`; the logged loss stays the cross-entropy."
+        },
+    )
     loss_chunk_tokens: int | None = field(
         default=None,
         metadata={
@@ -239,7 +250,10 @@ class PretrainArguments(TrainingArguments):
         if self.deepspeed:
             ds_configs.check(self)
             ds_configs.stand_alone()
+        asked = self.optim
+        self.optim = "adamw_torch_fused" if asked == limits.MUON else asked  # TrainingArguments knows no Muon
         super().__post_init__()
+        self.optim = asked if asked == limits.MUON else self.optim
         if self.n_gpu > 1:
             raise ValueError(
                 f"one process sees {self.n_gpu} GPUs: launch with `deepspeed run_pretrain.py ...`, which uses them "

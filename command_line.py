@@ -159,6 +159,8 @@ def coerce(name, hint, source):
     if isinstance(value, int | float) and str in parts and not parts & {int, float, bool}:
         value = str(value) if word is None else word  # dataset_revision=12e7 is the word, not a number
     choices = [str(e.value) for p in parts if isinstance(p, type) and issubclass(p, enum.Enum) for e in p]
+    if choices:  # what a field takes beside transformers' own names
+        choices += [each for p in parts if typing.get_origin(p) is typing.Literal for each in typing.get_args(p)]
     if choices and not isinstance(value, list) and value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         raise ValueError(f"{problem} choose from {', '.join(choices)}.{f' Did you mean {near[0]}?' if near else ''}")

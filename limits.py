@@ -22,7 +22,7 @@ RANGES = {
     "above 0 and at most 1": (lambda v: 0 < v <= 1, "decay_fraction"),
     "at least 0": (
         lambda v: v >= 0,
-        "weight_decay warmup_steps sample_steps loss_chunk_tokens keep_every_steps dataloader_num_workers",
+        "weight_decay z_loss warmup_steps sample_steps loss_chunk_tokens keep_every_steps dataloader_num_workers",
     ),
     "at least 0 and below 1": (lambda v: 0 <= v < 1, "adam_beta1 adam_beta2 label_smoothing_factor"),
     "at least 0 and below 2^32": (lambda v: 0 <= v < 2**32, "seed data_seed"),
@@ -50,6 +50,19 @@ LEFT_ALONE = {  # arguments of transformers that must keep their default here, a
     "hub_always_push": "every save is sent, one after another",
     "load_best_model_at_end": "the model of the last step is exported",
 }
+MUON = "muon"
+PACKAGES = {  # optimizers of transformers by how their names begin: what they import, and what pip calls it
+    **dict.fromkeys(("adamw_bnb", "adamw_8bit", "ademamix", "lion_", "paged_", "rmsprop_bnb"), ("bitsandbytes",) * 2),
+    **dict.fromkeys(("adamw_torch_4bit", "adamw_torch_8bit"), ("torchao", "torchao")),
+    "schedule_free": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+    "galore": ("galore_torch", "galore-torch"),
+    "apollo": ("apollo_torch", "apollo-torch"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "adalomo": ("lomo_optim", "lomo-optim"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "adamw_anyprecision": ("torchdistx", "torchdistx"),
+}
 
 
 def check(args):
@@ -67,6 +80,9 @@ def check(args):
     _check_decay(args)
     _check_optimizer(args)
     _check_compilation(args)
+    if args.z_loss and (args.loss_chunk_tokens == 0 or args.use_liger_kernel):
+        what = "use_liger_kernel = true" if args.use_liger_kernel else "loss_chunk_tokens = 0"
+        raise ValueError(f"z_loss = {args.z_loss} is part of the loss in chunks, {what} takes another: leave it out.")
 
 
 def _check_ranges(args):
@@ -161,11 +177,7 @@ def _check_decay(args):
 def _check_optimizer(args):
     from transformers import get_scheduler  # 1 s of models and distributed tensors, which plan.py does not need
 
-    if "bnb" in str(args.optim) and find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"optim = {args.optim} needs bitsandbytes, which is not installed: pip install bitsandbytes, or set "
-            "optim=adamw_torch_fused (32-bit state: 4 times its memory)."
-        )
+    _check_packages(str(getattr(args.optim, "value", args.optim)), args)
     name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
     if args.decay_fraction is not None:
         options = options | {"num_decay_steps": 1}  # in steps once these are known: training/schedule.py
@@ -176,6 +188,27 @@ def _check_optimizer(args):
         raise ValueError(
             f"lr_scheduler_kwargs = {json.dumps(options)} do not fit lr_scheduler_type = {name}: {error}."
         ) from None
+
+
+def _check_packages(optim, args):
+    """What an optimizer imports, and what it asks of the arguments beside it."""
+    for begins, (module, package) in PACKAGES.items():
+        if optim.startswith(begins) and find_spec(module) is None:
+            raise ValueError(
+                f"optim = {optim} needs {package}, which is not installed: pip install {package}, or set "
+                "optim=adamw_torch_fused (32-bit state: 4 times that of adamw_bnb_8bit)."
+            )
+    if optim == MUON:
+        given = [word.split("=")[0] for word in (args.optim_args or "").replace(" ", "").split(",") if word]
+        if unknown := set(given) - {"momentum", "ns_steps"}:
+            raise ValueError(f"optim_args = {args.optim_args}: muon takes momentum and ns_steps, not {min(unknown)}.")
+    whole = args.warmup_steps >= 1 or args.warmup_steps == 0  # a share would be taken for a number of steps: 0.01 is
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))  # a first step of 100 rates
+    if optim.startswith("schedule_free") and (schedule != "constant" or not whole):
+        raise ValueError(
+            f"optim = {optim} warms up by itself and follows no schedule: set lr_scheduler_type=constant (now "
+            f"{schedule}) and warmup_steps to a number of steps (now {args.warmup_steps})."
+        )
 
 
 def _check_compilation(args):

@@ -188,12 +188,10 @@ def build_model(model_args, data_args, args, config):
     else:
         network, origin = model.random_model(config, args.seed, attention), f"from random weights (seed {args.seed})"
     say(f"model: {get_model_param_count(network):,} parameters {origin}; {attention}: {why}.")
-    chunk = loss.default_chunk(config.vocab_size) if args.loss_chunk_tokens is None else args.loss_chunk_tokens
-    refused = "as asked" if not chunk else "Liger brings its own" if args.use_liger_kernel else ""
+    refused = "Liger brings its own" if args.use_liger_kernel else "ZeRO-3 shares the head out" if zero3 else None
     if data_args.intra_document_masking and not zero3:
         model.check_masking(network)
-    refused = refused or ("ZeRO-3 shares the head out" if zero3 else loss.install_chunked_loss(network, chunk))
-    say(f"loss: the model's own ({refused})." if refused else f"loss: in chunks of {chunk} tokens.")
+    say(loss.choose(network, args.loss_chunk_tokens, args.z_loss, refused))
     return network, zero3
 
 

@@ -13,6 +13,8 @@ import psutil
 
 HERE = Path(__file__).resolve().parent
 EXTENSION = "deepspeed_shm_comm"
+# Optimizers that need more of a tensor than its elements: ZeRO gives them flat pieces, which some take without a word.
+WHOLE_TENSORS = ("muon", "adafactor", "galore", "apollo", "lomo", "adalomo", "stable_adamw", "schedule_free")
 LOCK_SECONDS = 10  # between the lock and the compiler lie milliseconds
 
 
@@ -119,10 +121,21 @@ def check(args, world=None):
             f"deepspeed = {args.deepspeed}: zero_optimization.stage = {zero.get('stage')}, but must be 1, 2 or 3; "
             "deepspeed=null trains without ZeRO."
         )
+    optim = str(getattr(args.optim, "value", args.optim))
+    if optim.startswith(WHOLE_TENSORS):
+        raise ValueError(
+            f"optim = {optim} works on whole tensors, and ZeRO (deepspeed = {args.deepspeed}) gives each rank flat "
+            "pieces of them: set deepspeed=null, which trains with DDP on several ranks."
+        )
     if not (config.get("bf16") or {}).get("check_grad_overflow", True):
         raise ValueError(
             f"deepspeed = {args.deepspeed}: bf16.check_grad_overflow = false would apply gradients that are not "
             "finite. Take it out."
+        )
+    if zero.get("stage") == 3 and args.z_loss:
+        raise ValueError(
+            f"z_loss = {args.z_loss} is part of the loss in chunks, and ZeRO-3 (deepspeed = {args.deepspeed}) shares "
+            "the head out: take deepspeed=ds_configs/zero2.json."
         )
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(

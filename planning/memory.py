@@ -11,18 +11,22 @@ from . import counting
 
 CHUNK_LOGITS = 2**25  # as training/loss.py fills a chunk
 BLOCK, SMALLEST_8BIT = 256, 4096  # bitsandbytes: elements an absmax, elements below which the state stays 32-bit
-QMAPS = 2 * 256 * 4  # its two tables of quantized values, held once
+QMAP = 256 * 4  # its tables of quantized values, one of signed and one of unsigned ones, held once
 # What a CPU run holds besides, measured by benchmarks/plan_memory.py: the libraries' own pools and the data's buffers,
 # and the float32 copies that bitsandbytes' CPU step makes of what it steps: both states, gradient, denominator and
 # the quantizer's for 8 bits, gradient, denominator, its root and the update for 32. Its CUDA kernels make none.
 RUNTIME, COPIES = 110 * 2**20, {8: 5, 32: 4}
+MUON = "muon"
 # {optim: (states an element, bits)}; a torch.optim state has a 4-byte step counter a tensor besides.
 OPTIMIZERS = {
-    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "ademamix_8bit"), (2, 8)),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), (2, 8)),
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "paged_adamw"), (2, 32)),
     **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), (1, 8)),
     **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop_bnb_32bit"), (1, 32)),
+    "ademamix_8bit": (3, 8),
     "sgd": (0, 32),
+    MUON: (1, 32),  # of its matrices; the rest is AdamW's
+    **dict.fromkeys(("schedule_free_adamw", "schedule_free_radam"), (2, 32)),
 }
 
 
@@ -67,9 +71,10 @@ class Setup:
 def groups(setup):
     """{name: (tensors, bits of their state)} as the optimizer holds them."""
     _, bits = OPTIMIZERS.get(setup.optim, (2, 32))
+    apart = ("embedding", "head") if setup.optim == MUON else ("embedding",) if bits == 8 else ()
     found = {"matrices": [], "embeddings": [], "norms": []}
     for tensor in counting.weights(setup.config):
-        kind = "embeddings" if tensor.part == "embedding" and bits == 8 else "matrices" if tensor.decayed else "norms"
+        kind = "embeddings" if tensor.part in apart else "matrices" if tensor.decayed else "norms"
         found[kind].append(tensor)
     return {name: (tensors, bits if name == "matrices" else 32) for name, tensors in found.items() if tensors}
 
@@ -107,14 +112,18 @@ def states(setup):
     ranks, stage, grouped = setup.ranks, setup.stage, groups(setup)
     total = counting.count(setup.config).total
     if stage is None:
-        each = [(t.numel, t.count, bits) for tensors, bits in grouped.values() for t in tensors]
+        each = [(t.numel, t.count, bits, name) for name, (tensors, bits) in grouped.items() for t in tensors]
     else:
         share = shared_out if stage == 3 else partition
-        each = [(share(tensors, ranks), 1, bits) for tensors, bits in grouped.values()]
-    optimizer = sum(_state_bytes(setup.optim, numel, bits) * count for numel, count, bits in each)
-    optimizer += QMAPS if OPTIMIZERS[setup.optim][1] == 8 and setup.optim != "sgd" else 0
-    mine = sum(numel * count for numel, count, _ in each)
-    largest = max(numel * count for numel, count, _ in each)
+        each = [(share(tensors, ranks), 1, bits, name) for name, (tensors, bits) in grouped.items()]
+    optimizer = sum(
+        _state_bytes("adamw_torch" if setup.optim == MUON and name != "matrices" else setup.optim, numel, bits) * count
+        for numel, count, bits, name in each
+    )
+    count, bits = OPTIMIZERS[setup.optim]
+    optimizer += QMAP * min(2, count) if bits == 8 else 0
+    mine = sum(numel * count for numel, count, *_ in each)
+    largest = max(numel * count for numel, count, *_ in each)
     if stage is None:
         return {"weights": 4 * total, "master": 0, "gradients": 4 * total, "gradients_fp32": 0, "optimizer": optimizer}
     element, whole = (2 if setup.bf16 else 4), mine * ranks

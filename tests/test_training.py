@@ -181,6 +181,26 @@ def test_the_loss_in_chunks_and_its_gradients_equal_the_models_own(items, chunk)
     assert (chunked_gradient - own_gradient).norm() / own_gradient.norm() < 1e-5
 
 
+@pytest.mark.parametrize("chunk", [50, 4096])
+def test_the_z_loss_is_in_the_gradient_and_its_own_row_and_not_in_the_loss(chunk):
+    coefficient, noted = 0.1, []
+    hidden, weight = torch.randn(2, 64, 32), torch.randn(512, 32)
+    labels = torch.where(torch.rand(2, 64) < 0.2, -100, torch.randint(512, (2, 64)))
+    found, expected = ([h.clone().requires_grad_() for h in (hidden, weight)] for _ in range(2))
+    value = loss.linear_cross_entropy(
+        *found, labels, chunk, 100, z_loss=coefficient, note=lambda name, z: noted.append((name, z.item()))
+    )
+    (3 * value).backward()  # as Trainer multiplies by the ranks
+    logits = (expected[0] @ expected[1].T)[:, :-1]
+    cross_entropy = ForCausalLMLoss(expected[0] @ expected[1].T, labels, 512, num_items_in_batch=100)
+    squares = torch.logsumexp(logits, -1).square()[labels[:, 1:] != -100].sum()
+    (3 * (cross_entropy + coefficient * squares / 100)).backward()
+    assert value.item() == pytest.approx(cross_entropy.item(), rel=1e-5)
+    assert noted == [("z_loss", pytest.approx(coefficient * squares.item() / 100, rel=1e-5))]
+    for mine, own in zip(found, expected, strict=True):
+        assert torch.allclose(mine.grad, own.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_the_loss_in_chunks_never_builds_the_full_logits():
     hidden, weight = torch.randn(1, 400, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
     labels, largest = torch.randint(0, 1000, (1, 400)), [0]
@@ -283,6 +303,22 @@ def test_embeddings_and_norms_have_32_bit_state_matrices_8_bit_and_norms_no_deca
             if p.numel() >= 4096 or kind != "matrix":  # bitsandbytes leaves smaller tensors in 32 bits
                 seen.setdefault(kind, set()).add((bits, group["weight_decay"]))
     assert seen == {"matrix": {(8, 0.1)}, "embedding": {(32, 0.1)}, "norm": {(32, 0.0)}}
+
+
+def test_the_z_loss_is_the_same_whatever_the_accumulation(tmp_path):
+    ended, logged = [], []
+    for micro, accumulation in ((4, 1), (1, 4)):
+        made = trainer(
+            tmp_path, logging_steps=1, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
+            optim="sgd", train_sampling_strategy="sequential", max_grad_norm=1e9, learning_rate=1.0, warmup_steps=0,
+        )  # fmt: skip
+        loss.install_chunked_loss(made.model, 100, z_loss=1e-2)
+        made.terms = made.model.terms
+        made.train()
+        logged.append([(row["loss"], row["z_loss"]) for row in made.state.log_history if "loss" in row])
+        ended.append(torch.cat([p.detach().flatten() for p in made.model.parameters()]))
+    assert torch.allclose(*ended, rtol=1e-4, atol=1e-5)
+    assert np.allclose(*logged, rtol=1e-5) and all(z > 0.1 for _, z in logged[0])  # 0.01 x ln(512) squared is 0.39
 
 
 def test_held_out_loss_is_weighted_by_tokens_not_by_batches(tmp_path):

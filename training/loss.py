@@ -9,6 +9,8 @@ operation, each chunk's gradient is computed with it, as Liger's fused linear cr
 import torch
 from torch.nn.functional import linear, pad
 
+from . import terms
+
 IGNORE = -100
 CHUNK_LOGITS = 2**25  # 128 MiB in fp32: small beside a model, large enough for a full-speed product
 
@@ -19,13 +21,16 @@ def default_chunk(vocab_size):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of `hidden @ weight.T` against targets, in nats, and its gradient."""
+    """Sum of the cross-entropies of `hidden @ weight.T` against targets, in nats, and of the squares of log Z.
+
+    The gradient is that of the first plus z_loss times the second.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk_tokens):
+    def forward(ctx, hidden, weight, targets, chunk_tokens, z_loss):
         # hidden [N, H] and weight [V, H] in the compute dtype, targets [N]
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total, squares = (torch.zeros((), dtype=torch.float32, device=hidden.device) for _ in range(2))
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         for start in range(0, hidden.shape[0], chunk_tokens):
@@ -38,9 +43,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits.sub_(largest).exp_()
             normalizer = logits.sum(dim=1, keepdim=True)
             total += (normalizer.log() - picked).squeeze(1).where(kept, 0).sum()
+            log_z = normalizer.log() + largest
+            squares += log_z.square().squeeze(1).where(kept, 0).sum()
             if not (need_hidden or need_weight):
                 continue
-            logits.mul_(kept.unsqueeze(1) / normalizer)  # softmax, and nothing where nothing is a target
+            # softmax, its multiple for the z-loss (log Z's gradient is softmax), nothing where nothing is a target
+            logits.mul_(kept.unsqueeze(1) * (1 + 2 * z_loss * log_z) / normalizer)
             logits.scatter_add_(1, at, -kept.unsqueeze(1).float())
             grad = logits.to(weight.dtype)
             if need_hidden:
@@ -50,19 +58,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del logits, grad  # or the next chunk's would stand beside them: 200 MiB at vocabulary 49152
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
-        return total
+        ctx.mark_non_differentiable(squares)
+        return total, squares
 
     @staticmethod
-    def backward(ctx, grad_total):
+    def backward(ctx, grad_total, _):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
-def linear_cross_entropy(hidden, weight, labels, chunk_tokens, num_items_in_batch=None, shift_labels=None):
+def linear_cross_entropy(
+    hidden, weight, labels, chunk_tokens, num_items_in_batch=None, shift_labels=None, z_loss=0.0, note=None
+):
     """Next-token cross-entropy from the last hidden states.
 
     Args:
@@ -72,10 +83,12 @@ def linear_cross_entropy(hidden, weight, labels, chunk_tokens, num_items_in_batc
         chunk_tokens: Positions whose logits exist at one time.
         num_items_in_batch: Targets over all micro-batches and ranks; None divides by the targets here.
         shift_labels: [B, S] targets already shifted, as some collators give them.
+        z_loss: Coefficient of the square of log Z, Z the softmax's normalizer (PaLM, arXiv 2204.02311, section 5).
+        note: Called with "z_loss" and that of these targets, normalized as the cross-entropy is.
 
     Returns:
         Scalar, nats: the sum over targets divided by num_items_in_batch. Equal to transformers' ForCausalLMLoss
-        to 1e-5 relative in fp32.
+        to 1e-5 relative in fp32. The z-loss is in its gradient and not in its value, which stays a cross-entropy.
     """
     targets = pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
     device = hidden.device.type
@@ -85,15 +98,17 @@ def linear_cross_entropy(hidden, weight, labels, chunk_tokens, num_items_in_batc
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
-        total = _LinearCrossEntropy.apply(
-            hidden.flatten(0, -2), weight, targets.flatten().to(hidden.device), chunk_tokens
+        total, squares = _LinearCrossEntropy.apply(
+            hidden.flatten(0, -2), weight, targets.flatten().to(hidden.device), chunk_tokens, z_loss
         )
     if num_items_in_batch is None:
         num_items_in_batch = (targets != IGNORE).sum()
+    if note is not None and z_loss and torch.is_grad_enabled():
+        note("z_loss", z_loss * squares / num_items_in_batch)
     return total / num_items_in_batch
 
 
-def install_chunked_loss(model, chunk_tokens):
+def install_chunked_loss(model, chunk_tokens, z_loss=0.0):
     """Make model(labels=...) take its loss in chunks; without labels (generation) nothing changes.
 
     The head hands its input through, and the model's own loss_function receives hidden states. The loss on a few
@@ -101,7 +116,7 @@ def install_chunked_loss(model, chunk_tokens):
     keeps its own loss.
 
     Returns:
-        None where installed, else the reason why not, in words.
+        None where installed, with `model.terms`, which the z-loss is added to; else the reason why not, in words.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
@@ -113,6 +128,7 @@ def install_chunked_loss(model, chunk_tokens):
         model.config._attn_implementation = "eager"  # its kernels take neither a CPU's tensors nor fp32
     with torch.no_grad():
         expected = model.eval()(**probe).loss
+    model.terms = terms.Terms()
     plain_head, plain_loss, active = head.forward, model.loss_function, [False]
 
     def head_forward(hidden):
@@ -121,7 +137,9 @@ def install_chunked_loss(model, chunk_tokens):
     def loss_function(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **kwargs):
         if not active[0]:
             return plain_loss(logits, labels, vocab_size, num_items_in_batch, shift_labels=shift_labels, **kwargs)
-        return linear_cross_entropy(logits, head.weight, labels, chunk_tokens, num_items_in_batch, shift_labels)
+        return linear_cross_entropy(
+            logits, head.weight, labels, chunk_tokens, num_items_in_batch, shift_labels, z_loss, model.terms.add
+        )
 
     def before(module, args, kwargs):
         active[0] = kwargs.get("labels") is not None
@@ -143,3 +161,20 @@ def install_chunked_loss(model, chunk_tokens):
         hook.remove()
     head.forward, model.loss_function = plain_head, plain_loss
     return f"the loss in chunks is {found.item():.4f} and its own {expected.item():.4f}"
+
+
+def choose(model, chunk_tokens, z_loss, refused):
+    """Install the loss in chunks where it can be had, and return the sentence that says which loss it is.
+
+    Args:
+        chunk_tokens: None takes `default_chunk`, 0 asks for the model's own loss.
+        refused: Why the loss in chunks cannot be had, or None.
+
+    Raises:
+        ValueError: z_loss is asked for, which the model's own loss has not.
+    """
+    chunk = default_chunk(model.config.vocab_size) if chunk_tokens is None else chunk_tokens
+    refused = refused or ("as asked" if not chunk else install_chunked_loss(model, chunk, z_loss))
+    if refused and z_loss:
+        raise ValueError(f"z_loss = {z_loss} is part of the loss in chunks, which cannot be had: {refused}.")
+    return f"loss: the model's own ({refused})." if refused else f"loss: in chunks of {chunk} tokens."

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 SAMPLE_TOKENS, PROMPTS_IN_LOG = 48, 3
 _RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets", "tokenizers")
+_LOGGED = ("skipped_steps", "bad_steps", "z_loss", "aux_loss", "expert_load_max", "expert_load_entropy")
 _HEADER = (
     "| step | loss (nats/token) | learning rate | gradient norm | tokens seen | tokens/s | peak memory (GiB) |\n"
     "|---:|---:|---:|---:|---:|---:|---:|\n"
@@ -191,7 +192,7 @@ class Record(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and "loss" in logs:
             row = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
-            row |= self.measured | {name: logs[name] for name in ("skipped_steps", "bad_steps") if name in logs}
+            row |= self.measured | {name: logs[name] for name in _LOGGED if name in logs}
             self._metric(state, **row)
             norm = "" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"
             self._row(

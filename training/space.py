@@ -15,7 +15,14 @@ from transformers import AutoModelForCausalLM
 from . import checkpoints
 
 BESIDES = 2**24  # tokenizer, schedule, random states and log, in bytes: 16 MiB are plenty
-_STATE = {"sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "adafactor": 1}  # values kept of each weight; else two
+_STATE = {
+    "sgd": 0,
+    "lion": 1,
+    "rmsprop": 1,
+    "adagrad": 1,
+    "adafactor": 1,
+    "ademamix": 3,
+}  # values kept of each weight; else two
 # A full disk in the words of the system, of safetensors (Rust), and of torch's zip writer, which drops the reason.
 _FULL = re.compile(
     r"No space left|File too large|quota exceeded|os error (?:28|27|122)\b"
@@ -47,6 +54,8 @@ def checkpoint_bytes(config, optim, bf16, zero_stage):
     kept = next((count for name, count in _STATE.items() if name in optim), 2)
     if "8bit" in optim:  # 8 bits, and a float32 for every 256 of them; embeddings keep 32 bits
         state = kept * (4 * embeddings + (1 + 4 / 256) * (weights - embeddings))
+    elif optim == "muon":  # one value of a hidden matrix, AdamW's two of an embedding or a head
+        state = 4 * (weights + embeddings * (1 if config.tie_word_embeddings else 2))
     else:
         state = kept * 4 * weights
     saved = 4 * weights
@@ -88,7 +97,7 @@ def check_start(args, config, rows, say):
         NoSpace: Names the keys and the bytes.
     """
     zero = args.hf_deepspeed_config.get_value("zero_optimization.stage") if args.deepspeed else 0
-    one, exported = checkpoint_bytes(config, str(args.optim.value), args.bf16, zero)
+    one, exported = checkpoint_bytes(config, str(getattr(args.optim, "value", args.optim)), args.bf16, zero)
     batches = rows // (args.per_device_train_batch_size * args.world_size)
     an_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)

@@ -8,12 +8,12 @@ from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from . import checkpoints, schedule, space
+from . import checkpoints, optimizers, schedule, space
 from .divergence import Divergence
+from .terms import Terms
 
 
 class PretrainTrainer(Trainer):
@@ -39,11 +39,17 @@ class PretrainTrainer(Trainer):
         known = self.args
         self.divergence = Divergence(known.on_spike, known.max_bad_steps, known.process_index, known.world_size)
         self.add_callback(self.divergence)
+        self.terms = getattr(self.model, "terms", None) or Terms()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Trainer's, seen by the guard against divergence before the backward."""
-        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        return self.divergence.watch(loss, last=self.accelerator.gradient_state.sync_gradients)
+        loss, last = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch), self._last_micro_batch
+        self.terms.steps += last
+        return self.divergence.watch(loss, last=last)
+
+    @property
+    def _last_micro_batch(self):
+        return self.accelerator.gradient_state.sync_gradients
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -56,6 +62,7 @@ class PretrainTrainer(Trainer):
         if "loss" in logs:
             self._tr_loss.zero_()  # Trainer subtracts it from itself, which leaves a NaN in every later row
             logs |= {"skipped_steps": self.divergence.skipped, "bad_steps": self.divergence.bad}
+            logs |= self.terms.take()
             logs |= self.measure(self.data_wait_seconds) if self.measure else {}
         super().log(logs, start_time)
 
@@ -68,36 +75,17 @@ class PretrainTrainer(Trainer):
             self.data_wait_seconds += time.monotonic() - began
 
     def create_optimizer(self, model=None):
-        """AdamW in three groups, so that bitsandbytes' 8-bit state leaves embeddings and norms in 32 bits.
-
-        bitsandbytes asks for 32-bit state of embeddings (Dettmers et al. 2022, arXiv 2110.02861, section 2.2), and
-        Trainer registers it by module; under ZeRO a parameter group becomes one flat tensor, so the request is lost.
-        A group of their own and an `optim_bits` in that group survive it, and a checkpoint's reload.
-        """
-        cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if self.optimizer is not None or kwargs.get("optim_bits") != 8:
+        """Trainer's; Muon, and 8-bit state that leaves embeddings and norms in 32 bits, are made in optimizers.py."""
+        muon = self.args.optim == "muon"
+        cls, kwargs = (None, {}) if muon else self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if self.optimizer is not None or not (muon or kwargs.get("optim_bits") == 8):
             return super().create_optimizer(model)
         model = self.model if model is None else model
-        embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        decayed = set(self.get_decay_parameter_names(model))
-        groups = {"matrices": [], "embeddings": [], "norms": []}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                kind = "embeddings" if id(parameter) in embeddings else "matrices" if name in decayed else "norms"
-                groups[kind].append(parameter)
-        decay = self.args.weight_decay
-        options = {
-            "matrices": {"weight_decay": decay, "optim_bits": 8},
-            "embeddings": {"weight_decay": decay, "optim_bits": 32},
-            "norms": {"weight_decay": 0.0, "optim_bits": 32},
-        }
-
-        class GroupedBits(cls):
-            def get_config(self, group_index, parameter_index, group):
-                return super().get_config(group_index, parameter_index, group) | {"optim_bits": group["optim_bits"]}
-
-        GroupedBits.__name__ = cls.__name__  # DeepSpeed and logs show the name
-        self.optimizer = GroupedBits([{"params": p, **options[k]} for k, p in groups.items() if p], **kwargs)
+        groups = optimizers.grouped(model, set(self.get_decay_parameter_names(model)))
+        if muon:
+            self.optimizer = optimizers.muon(groups, self.args)
+        else:
+            self.optimizer = optimizers.eight_bit(cls, kwargs, groups, self.args.weight_decay)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -123,6 +111,7 @@ class PretrainTrainer(Trainer):
         sums = torch.zeros(3, dtype=torch.float64, device=args.device)  # nats, tokens, bytes
         mine = range(args.process_index, math.ceil(len(dataset) / args.world_size) * args.world_size, args.world_size)
         model.eval()
+        self._average_weights()
         self.control.should_evaluate = True
         with torch.no_grad():
             for start in range(0, len(mine), args.per_device_eval_batch_size):
@@ -243,8 +232,14 @@ class PretrainTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder):
         """Nothing, as push_to_hub."""
 
+    def _average_weights(self):
+        """Schedule-free optimizers train at one point and are read at another; the next training_step goes back."""
+        if hasattr(self.optimizer, "eval") and callable(self.optimizer.eval):
+            self.optimizer.eval()
+
     def export(self):
         """Write the trained model into output_dir, see `export`. All ranks call; training is over after it."""
+        self._average_weights()
         state = None
         if self.is_deepspeed_enabled and self.accelerator.deepspeed_config["zero_optimization"]["stage"] == 3:
             state = self.accelerator.get_state_dict(self.model_wrapped)
