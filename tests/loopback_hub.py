@@ -34,6 +34,7 @@ class Repo:
     """`commits` from sha to {path: content}; `refs` from branch or tag to sha; `log` of (sha, title).
 
     `tags` are the names among `refs` that do not move; `parents` leads from a sha to the one before it.
+    Of a Space also `asked`, the request that made it, and its `variables`.
     """
 
     private: bool = False
@@ -42,6 +43,8 @@ class Repo:
     log: list[tuple[str, str]] = field(default_factory=list)
     tags: set[str] = field(default_factory=set)
     parents: dict[str, str | None] = field(default_factory=dict)
+    asked: dict = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
 
     def commit(self, files: dict[str, bytes], title: str, branch: str = "main") -> str:
         sha = hashlib.sha1(f"{len(self.commits)}{title}{sorted(files)}".encode()).hexdigest()
@@ -71,6 +74,7 @@ class LoopbackHub:
 
     def __init__(self):
         self.repos, self.objects, self.faults, self.requests = {}, {}, [], []
+        self.pro = False  # whether the user pays; who does not gets no live Space but on ZeroGPU
         self.tokens = {f"hf_loopback_{role}": ("user", role) for role in ("read", "fineGrained")}  # these may not write
         self.tokens["hf_loopback"] = ("user", "write")
         self.lock = threading.RLock()
@@ -183,7 +187,8 @@ class Handler(BaseHTTPRequestHandler):
         user, role = self.user()
         if user is None:
             raise Refusal(401, "", "Invalid username or password.")
-        return 200, {"type": "user", "name": user, "orgs": [], "auth": {"accessToken": {"role": role}}}
+        me = {"type": "user", "name": user, "isPro": self.hub.pro, "orgs": []}
+        return 200, me | {"auth": {"accessToken": {"role": role}}}
 
     def create(self):
         asked, (user, role) = json.loads(self.body), self.user()
@@ -193,7 +198,9 @@ class Handler(BaseHTTPRequestHandler):
         made = {"url": f"{self.hub.endpoint}/{'' if kind == 'model' else f'{kind}s/'}{id}"}
         if (kind, id) in self.hub.repos:
             return 409, made | {"error": "You already created this repo"}
-        self.hub.repos[kind, id] = repo = Repo(asked.get("visibility") == "private")
+        if kind == "space" and asked["sdk"] != "static" and asked.get("hardware") != "zero-a10g" and not self.hub.pro:
+            raise Refusal(402, "", "Subscribe to PRO to create a Space on this hardware")
+        self.hub.repos[kind, id] = repo = Repo(asked.get("visibility") == "private", asked=asked)
         repo.commit({".gitattributes": b""}, "initial commit")
         return 200, made
 
@@ -209,7 +216,8 @@ class Handler(BaseHTTPRequestHandler):
         repo, sha, files = self.snapshot(kind, id, rev)
         found = {"_id": id, "id": id, "sha": sha, "private": repo.private, "gated": False, "tags": []}
         found |= {"siblings": [{"rfilename": path} for path in files], "lastModified": TIME, "createdAt": TIME}
-        return 200, found | {"downloads": 0, "likes": 0}
+        card = re.match(r"---\n(.*?)\n---\n", files.get("README.md", b"").decode(), re.DOTALL)
+        return 200, found | {"downloads": 0, "likes": 0, "cardData": yaml.safe_load(card[1]) if card else None}
 
     def tree(self, kind, id, rev, below=None):
         _, sha, files = self.snapshot(kind, id, rev)
@@ -296,6 +304,14 @@ class Handler(BaseHTTPRequestHandler):
             sha = repo.parents[sha]
         return 200, found
 
+    def space_variables(self, id):
+        repo, asked = self.repo("space", id, write=True), json.loads(self.body or b"{}")
+        if self.command == "POST":
+            repo.variables[asked["key"]] = asked["value"]
+        elif self.command == "DELETE":
+            del repo.variables[asked["key"]]
+        return 200, {key: {"key": key, "value": value} for key, value in repo.variables.items()}
+
     def resolve(self, kind, id, rev, path):
         _, sha, files = self.snapshot(kind, id, rev)
         if path not in files:
@@ -340,6 +356,7 @@ ROUTES = [
     (("GET",), rf"{API}/refs", Handler.list_refs),
     (("GET",), rf"{API}/commits/(?P<rev>.+)", Handler.history),
     (("POST",), rf"{API}/(?P<what>branch|tag)/(?P<rev>.+)", Handler.make_ref),
+    (("GET", "POST", "DELETE"), rf"/api/spaces/{ID}/variables", Handler.space_variables),
     (("POST",), rf"{FILES}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (("PUT",), r"/lfs/(?P<sha256>\w+)", Handler.lfs_put),
     (("GET", "HEAD"), rf"{FILES}/resolve/(?P<rev>[^/]+)/(?P<path>.+)", Handler.resolve),
