@@ -97,7 +97,7 @@ def table(models: list[tuple[str, dict]]) -> str:
     labels = list(dict.fromkeys(label for _, about in models for label in about))
     rows = [["", *(name for name, _ in models)], ["---"] * (len(models) + 1)]
     rows += [[label, *(about.get(label, "") for _, about in models)] for label in labels]
-    clean = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    clean = [[escape(" ".join(cell.split())).replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in clean)
 
 

@@ -74,6 +74,7 @@ def test_a_dry_run_writes_the_very_folder_and_sends_nothing_then_it_is_sent_as_o
     deploy("--model", "user/first", "--repo", "user/demo", "--license", "mit")
     assert space.variables == {"MODEL_ID": "user/first"} and len(space.log) == 3, "updated in place"
     assert front_matter(space.files()["README.md"])["license"] == "mit"
+    assert hub.count("POST", "/spaces/user/demo/variables") == 2, "each restarts a Space: what is right is not sent"
 
 
 def test_who_pays_gets_a_cpu_and_402_names_the_three_ways_out(deploy, hub):
@@ -131,6 +132,19 @@ def test_a_mistake_is_one_line_and_nothing_is_sent(deploy, hub, words, reason):
     assert reason in error and error.startswith("deploy.py: error: ") and error.count("\n") == 1
     assert hub.count("POST", r"/spaces/.*/commit/") == commits
     assert hub.repos["space", "user/full"].files() == {"game.js": b"//"}
+
+
+def test_a_private_model_s_demo_needs_a_secret_and_the_user_is_told(deploy, hub):
+    hub.add("model", "user/hidden", {"README.md": CARD}, private=True)
+    _, said, _ = deploy("--model=user/hidden")
+    assert "user/hidden is private: give the Space a secret HF_TOKEN" in said
+    _, said, _ = deploy("--model=user/second")
+    assert "secret" not in said
+
+
+def test_without_a_token_the_remedy_is_said(deploy):
+    _, _, error = deploy("--model=user/first", "--repo=user/nobody-s", expect=2, token="")
+    assert "there is no access token; set HF_TOKEN or run `hf auth login`" in error
 
 
 def test_a_token_that_may_only_read_is_refused_before_a_space_is_made(deploy, hub):

@@ -64,6 +64,15 @@ def test_arrows_between_rooms_leave_only_from_run_pretrain():
     }
 
 
+def test_the_demo_is_uploaded_alone():
+    """What deploy.py sends imports only what it sends."""
+    for name in ("app.py", "page.py"):
+        ours = {n.split(".")[0] for n in imported(ROOT / "space" / name)} & {*ROOMS, "smolpretrain", "static", "deploy"}
+        assert ours <= {"space"}, "space/page.py, relative"
+        local = [n for n in imported(ROOT / "space" / name) if n.startswith("space.")]
+        assert {n.split(".")[1] for n in local} <= {"page"}
+
+
 def test_no_module_bears_the_name_of_a_dependency():
     names = {path.stem for path in PRODUCT}
     assert not names & {"datasets", "evaluate", "tokenizers", "types", "transformers", "accelerate", "utils", "helpers"}
@@ -95,6 +104,7 @@ def test_a_wheel_holds_one_top_level_name_and_its_data_files(tmp_path):
         "eval/perplexity.py",
         "eval/prompts.txt",
     }
+    shipped |= {f"space/{name}" for name in ("app.py", "page.py", "README.md", "requirements.txt")}
     shipped |= {f"eval/educational/{name}" for name in ("items.jsonl", "educational.yaml", "README.md")}
     assert {f"smolpretrain/{name}" for name in shipped} <= set(names)
     assert not [name for name in names if "tests/" in name or "runs/" in name]
