@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import torch
 from accelerate.utils import DynamoBackend
+from transformers import get_scheduler
 
 if __package__:
     from .data.arguments import one_of
@@ -129,7 +130,9 @@ def _check_choices(args):
 
 def _check_environment(args):
     """Hold what is installed and what the launcher left in the environment against the arguments."""
-    from transformers.integrations.integration_utils import get_available_reporting_integrations  # 1 s, not plan.py's
+    from transformers.integrations.integration_utils import (
+        get_available_reporting_integrations,
+    )  # 1 s: all models
 
     asked = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
     for name in set(asked) - {"none", "all", *get_available_reporting_integrations()}:
@@ -175,8 +178,6 @@ def _check_decay(args):
 
 
 def _check_optimizer(args):
-    from transformers import get_scheduler  # 1 s of models and distributed tensors, which plan.py does not need
-
     _check_packages(str(getattr(args.optim, "value", args.optim)), args)
     name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
     if args.decay_fraction is not None:
