@@ -2,8 +2,8 @@
 
     python benchmarks/plan_memory.py [--only N ...] [--parts]
 
-Each setting trains two steps through run_pretrain.py in a process of its own, forked from one that has imported
-everything. Measured is the most resident memory above what the process held then. glibc is told to hand freed memory
+Each setting trains two steps through run_pretrain.py in a process of its own. Measured is the most resident memory
+above what the process held once everything was imported. glibc is told to hand freed memory
 back (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_), or it would keep up to half of it for later and the figure would
 be its habits', not the run's. On the first settings the plan's few constants for a CPU were fitted (planning/memory.py:
 RUNTIME, COPIES); the others were chosen afterwards and fitted nothing.
@@ -12,9 +12,9 @@ RUNTIME, COPIES); the others were chosen afterwards and fitted nothing.
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,39 +80,25 @@ def status(key):
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
-def in_a_child(work, log):
-    """What work() returns, a JSON value, in a forked process whose output goes to the file `log`."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(reader)
-        with open(log, "w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        try:
-            os.write(writer, json.dumps(work()).encode())
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as pipe:
-        answer = pipe.read()
-    os.waitpid(child, 0)
-    if not answer:
-        raise RuntimeError(Path(log).read_text()[-2000:])
-    return json.loads(answer)
-
-
-def trained(words):
-    """Bytes above the start at the fullest moment of a run, trained here."""
+def child(words):
+    """Train here; print the most memory above the process's start."""
     from smolpretrain import run_pretrain
 
     start = status("VmRSS")
     run_pretrain.main(words)
-    return status("VmHWM") - start
+    print("peak", status("VmHWM") - start)
+
+
+def measure(words):
+    """Bytes above the start at the fullest moment of a run."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", *words],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | RETURN_MEMORY,
+    )  # fmt: skip
+    found = [line for line in done.stdout.splitlines() if line.startswith("peak ")]
+    if not found:
+        raise RuntimeError(f"{words}: {done.stdout[-500:]}{done.stderr[-1500:]}")
+    return int(found[0][5:])
 
 
 def words_of(setting, directory):
@@ -154,7 +140,7 @@ def make_tokenizer(directory):
 def row(setting, directory, with_parts):
     """Run a setting, print its row, return how far off the plan is."""
     words = words_of(setting, directory)
-    measured, parts = in_a_child(lambda: trained(words), f"{directory}/log"), predict(words)
+    measured, parts = measure(words), predict(words)
     moment = parts.pop("moment")
     planned = sum(parts.values())
     off = planned / measured - 1
@@ -171,18 +157,16 @@ def row(setting, directory, with_parts):
 
 
 def main():
-    if not RETURN_MEMORY.items() <= os.environ.items():  # glibc reads them when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RETURN_MEMORY)
+    if sys.argv[1:2] == ["--child"]:
+        return child(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="*", help="rows of the grid, from 0")
     parser.add_argument("--parts", action="store_true", help="the predicted parts of each")
     flags = parser.parse_args()
-    from smolpretrain import run_pretrain  # noqa: F401  once, for all children
-
     titles = "size | vocabulary | block | micro x acc. | checkpointing | loss | ZeRO | optimizer | measured | plan"
-    os.chdir(ROOT)
+    os.chdir(ROOT)  # the plan finds ds_configs/ there too
     with tempfile.TemporaryDirectory() as directory:
-        in_a_child(lambda: make_tokenizer(directory), f"{directory}/log")
+        make_tokenizer(directory)
         number = 0
         for group, settings in (("the constants were fitted on", FITTED), ("held out", HELD_OUT)):
             print(f"\n{group}:\n\n| {titles} | off |\n|---|---:|---:|---:|---|---|---:|---|---:|---:|---:|")
@@ -193,6 +177,7 @@ def main():
                 number += 1
             if off:
                 print(f"\nfurthest off: {max(map(abs, off)):.0%} over {len(off)} settings", flush=True)
+    return None
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ Each size trains through run_pretrain.py (no DeepSpeed, fused AdamW, bf16 autoca
 four steps are left out. The plan measures the matrix product, and which share of it the parts of a step reach at the
 model's shapes (planning/cpu.py). How much longer a step of the first size took than its parts is what the plan is given
 for the others; the last column is what the utilization (MFU) of the first size alone would have said.
-OMP_NUM_THREADS=1 where other programs want the same cores: two threads that wait for each other would be measured.
+With OMP_NUM_THREADS=1 the seconds are the CPU's, which other programs on the machine lengthen little.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -59,12 +60,13 @@ def child(words):
     values, _ = plan.parse(words)
     config = counting.load_config(values["model_name"], values["config_overrides"])
     setup = assemble.set_up(config, values, None, 1, cuda=False)
-    parts, rate = cpu.of_parts(config, setup), hardware.product_rate(0.5)
-    marks, make_trainer = [time.perf_counter()], run_pretrain.make_trainer
+    now = time.process_time if os.environ.get("OMP_NUM_THREADS") == "1" else time.perf_counter
+    parts, rate = cpu.of_parts(config, setup), hardware.product_rate(0.5, now)
+    marks, make_trainer = [now()], run_pretrain.make_trainer
 
     class Mark(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            marks.append(time.perf_counter())
+            marks.append(now())
 
     def marked(*args, **kwargs):
         trainer, log = make_trainer(*args, **kwargs)

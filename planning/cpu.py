@@ -2,8 +2,8 @@
 
 A small model's step is not bound by matrix products, so one share for all sizes would be wrong by a factor of three
 (benchmarks/plan_time.py): attention, the loss and the norms have rates of their own, and the products' depend on
-their shapes. One thread measures: shares are wanted, not rates, and several threads stall each other for tenths of a
-second where other programs want the same cores.
+their shapes. One thread measures, in seconds of the CPU: shares are wanted, not rates, and on the clock of the wall
+several threads stall each other for tenths of a second where other programs want the same cores.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def of_parts(config, setup):
     """Utilization of a step that has nothing but its parts."""
     with _one_thread():
         work = counting.flops_per_token(config, setup.block_size) * _tokens(setup)
-        return work / hardware.product_rate(0.1) / sum(parts(config, setup).values())
+        return work / hardware.product_rate(0.1, time.process_time) / sum(parts(config, setup).values())
 
 
 @contextlib.contextmanager
@@ -81,11 +81,11 @@ def parts(config, setup):
 def _best(work):
     """Seconds of the fastest of several calls, the first left out."""
     work()
-    seconds, began = [], time.perf_counter()
-    while (spent := time.perf_counter() - began) < ENOUGH or (len(seconds) < CALLS and spent < CALLS * ENOUGH):
-        start = time.perf_counter()
+    seconds, began = [], time.process_time()
+    while (spent := time.process_time() - began) < ENOUGH or (len(seconds) < CALLS and spent < CALLS * ENOUGH):
+        start = time.process_time()
         work()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return min(seconds)
 
 

@@ -125,16 +125,16 @@ def this_device(device):
     return from_cuda_name(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)
 
 
-def product_rate(seconds):
+def product_rate(seconds, clock=time.perf_counter):
     """FLOPs a second of a bf16 matrix product on this CPU: the best of 1024 x 2048 x 2048 in so many seconds."""
     import torch
 
     left, right = torch.randn(1024, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
-    best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < seconds or best == float("inf"):
-        start = time.perf_counter()
+    best, began = float("inf"), clock()
+    while clock() - began < seconds or best == float("inf"):
+        start = clock()
         left @ right
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return 2 * 1024 * 2048 * 2048 / best
 
 

@@ -119,7 +119,7 @@ def test_a_gpu_is_known_by_cuda_s_name_and_a_sister_card_is_not_taken_for_it():
     assert hardware.find("rtx 4090") == hardware.find("4090")
     with pytest.raises(ValueError, match="gpu = h100 is not one device: choose from H100-SXM, H100-PCIe"):
         hardware.find("h100")
-    assert all(device.source and device.peak_flops for device in hardware.DEVICES)
+    assert all(device.source and device.peak_flops and device.watts for device in hardware.DEVICES)
 
 
 # Sizes that no rank count divides, and an untied head; each case is trained two steps by run_pretrain.py itself.
