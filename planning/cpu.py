@@ -12,10 +12,11 @@ import time
 from . import counting, hardware
 
 ENOUGH, CALLS = 0.04, 5  # seconds of repetitions for a part, and the fewest of them on a busy machine
-PRODUCTS, LOGITS = 2**32, 2**22  # multiplications and logits at one time: 3 ms at 2.6 TFLOPS, 0.2 s at 40 GFLOPS
+PRODUCTS, LOGITS = 2**32, 2**24  # at one time: 3 ms at 2.6 TFLOPS; 64 MiB, which glibc maps anew as it does a chunk
 # A real step over the sum of its parts: rotary embeddings, casts, residuals, dispatch and Trainer are in no part.
-# Lowest, taken by default, highest of what benchmarks/plan_time.py printed on one thread of an Intel Xeon with AMX.
-OVERHEAD = (1.0, 1.3, 1.7)
+# Lowest, taken by default, highest: 1.37 to 1.59 from 1M to 44M parameters, one thread of an Intel Xeon with AMX
+# (benchmarks/plan_time.py).
+OVERHEAD = (1.3, 1.5, 1.7)
 
 
 def utilization(config, setup):
@@ -115,7 +116,8 @@ def _loss(torch, dtype, tokens, hidden, vocabulary, plain):
     """The head and its cross-entropy in float32, forward and backward: the model's own, or as the loss in chunks."""
     few = max(1, min(tokens, LOGITS // vocabulary))
     rows = torch.randn(few, hidden, dtype=dtype).requires_grad_(plain)
-    weight = torch.randn(vocabulary, hidden, dtype=dtype).requires_grad_(plain)
+    weight = torch.randn(vocabulary, hidden, dtype=dtype) * hidden**-0.5  # larger logits' exponentials are denormal
+    weight.requires_grad_(plain)
     targets = torch.zeros(few, dtype=torch.long)
 
     def own():
@@ -144,7 +146,7 @@ def _activation(torch, dtype, tokens, inner):
 
 
 def _optimizer(torch, parameters):
-    few = min(parameters, LOGITS)
+    few = min(parameters, LOGITS // 4)
     weight = torch.nn.Parameter(torch.zeros(few))
     weight.grad = torch.zeros(few)
     return parameters / few * _best(torch.optim.AdamW([weight], fused=True).step)
