@@ -43,7 +43,7 @@ class ModelArguments:
     model_name: str = field(
         default="smollm2-135m",
         metadata={
-            "help": "A built-in (smollm2-1m, smollm2-135m, smollm2-360m, smollm2-1.7b), a Hub id, or a directory with "
+            "help": "A built-in (smollm2-1m, -135m, -360m, -1.7b, -1m-moe, -135m-moe), a Hub id, or a directory with "
             "config.json. Only the architecture is used: weights are random, seeded by `seed`, unless init_from."
         },
     )

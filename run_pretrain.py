@@ -296,6 +296,7 @@ def story(argv):
         share = args.stream_share() if data_args.trains_from_stream else None
         config = model.load_config(model_args.model_name, model_args.config_overrides)
         model.choose_attention(model_args.attn_implementation, args.device, config)
+        model.check_optimizer(config, args.optim)
         generation.read_prompts(args.sample_prompts)
         if RANK == 0 and model_args.init_from:
             model.check_weights(model_args.init_from, config)

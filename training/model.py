@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from . import checkpoints
 
@@ -28,7 +28,7 @@ def load_config(model_name, overrides=None):
     """
     overrides, path = overrides or {}, Path(model_name).expanduser()
     if model_name in BUILT_IN:
-        config = LlamaConfig(**BUILT_IN[model_name])
+        config = AutoConfig.for_model(**{"model_type": "llama"} | BUILT_IN[model_name])
     elif model_name and path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model_name = {model_name} is a directory without config.json.")
@@ -108,8 +108,9 @@ def tokenizer_source(model_name, tokenizer_name):
     if tokenizer_name is not None:
         return tokenizer_name
     if model_name in BUILT_IN:
-        # The 1M's vocabulary of 4096 is nobody's but ours; the three SmolLM2 share one tokenizer.
-        return TRAIN if model_name == "smollm2-1m" else "HuggingFaceTB/SmolLM2-135M"
+        # The 1Ms' vocabulary of 4096 is nobody's but ours; the others share SmolLM2's tokenizer.
+        own = BUILT_IN[model_name]["vocab_size"] != _TABLE["shared"]["vocab_size"]
+        return TRAIN if own else "HuggingFaceTB/SmolLM2-135M"
     return model_name
 
 
@@ -159,6 +160,24 @@ def choose_attention(asked, device, config):
     if not supported["sdpa"]:
         return "eager", f"{network.__name__} has no other"
     return "sdpa", f"device {device.type}" if installed else f"flash-attn is not installed, device {device.type}"
+
+
+def check_optimizer(config, optim):
+    """Refuse Muon where weights are stacked, as a mixture's experts are: torch's takes single matrices.
+
+    Raises:
+        ValueError: A parameter has three dimensions.
+    """
+    if optim != "muon":
+        return
+    with torch.device("meta"):
+        network = AutoModelForCausalLM._model_mapping[type(config)](config)
+    for name, parameter in network.named_parameters():
+        if parameter.dim() > 2:
+            raise ValueError(
+                f"optim = muon takes matrices, and {type(network).__name__}'s {name} is a stack of them "
+                f"{list(parameter.shape)}: set optim=adamw_torch_fused."
+            )
 
 
 def check_masking(network):

@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from . import checkpoints, optimizers, schedule, space
 from .divergence import Divergence
+from .experts import Experts
 from .terms import Terms
 
 
@@ -39,17 +40,20 @@ class PretrainTrainer(Trainer):
         known = self.args
         self.divergence = Divergence(known.on_spike, known.max_bad_steps, known.process_index, known.world_size)
         self.add_callback(self.divergence)
-        self.terms = getattr(self.model, "terms", None) or Terms()
+        self.terms, self.experts = getattr(self.model, "terms", None) or Terms(), Experts.of(self.model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Trainer's, seen by the guard against divergence before the backward."""
-        loss, last = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch), self._last_micro_batch
+        given = inputs | {"output_router_logits": True} if self.experts else inputs
+        loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
+        if self.experts:  # the loss is a share of the step's, times the ranks whose gradients are averaged
+            share = self.experts.coefficient * outputs["aux_loss"] / self.current_gradient_accumulation_steps
+            loss = loss + (share - share.detach())  # in the gradient; the logged loss stays a cross-entropy
+            self.terms.add("aux_loss", share / self.args.world_size)
+            self.experts.count(outputs["router_logits"])
+        last = self.accelerator.gradient_state.sync_gradients
         self.terms.steps += last
         return self.divergence.watch(loss, last=last)
-
-    @property
-    def _last_micro_batch(self):
-        return self.accelerator.gradient_state.sync_gradients
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -62,7 +66,7 @@ class PretrainTrainer(Trainer):
         if "loss" in logs:
             self._tr_loss.zero_()  # Trainer subtracts it from itself, which leaves a NaN in every later row
             logs |= {"skipped_steps": self.divergence.skipped, "bad_steps": self.divergence.bad}
-            logs |= self.terms.take()
+            logs |= self.terms.take() | (self.experts.take() if self.experts else {})
             logs |= self.measure(self.data_wait_seconds) if self.measure else {}
         super().log(logs, start_time)
 

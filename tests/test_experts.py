@@ -1,0 +1,100 @@
+"""Mixtures of experts: an auxiliary loss of one weight whatever the accumulation and the ranks, and what is chosen."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import set_seed
+
+from smolpretrain.arguments import PretrainArguments
+from smolpretrain.data.packing import PackedCollator
+from smolpretrain.planning import counting
+from smolpretrain.training import loss, model
+from smolpretrain.training.experts import Experts
+from smolpretrain.training.trainer import PretrainTrainer
+
+SIZES = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 512}
+COEFFICIENT = 0.5  # loud enough to be seen beside the cross-entropy
+
+
+def mixture(name="smollm2-1m-moe", **changes):
+    config = model.load_config(name, SIZES | {"router_aux_loss_coef": COEFFICIENT} | changes)
+    return model.random_model(config, 0, "sdpa")
+
+
+def rows(count):
+    return [{"input_ids": row} for row in np.random.default_rng(0).integers(1, 512, (count, 64))]
+
+
+def trainer(tmp_path, network, accumulation, count, **options):
+    set_seed(0)
+    words = {"eval_strategy": "no", "save_strategy": "no", "max_steps": 1, "warmup_steps": 0, "bf16": False}
+    words |= {"optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 1e9, "logging_steps": 1}
+    words |= {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": accumulation}
+    args = PretrainArguments(
+        output_dir=str(tmp_path), deepspeed=None, disable_tqdm=True, per_device_train_batch_size=1, **words | options
+    )
+    return PretrainTrainer(
+        model=network, args=args, train_dataset=rows(count), eval_dataset=rows(2), data_collator=PackedCollator(0)
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("accumulation", "count"), [(1, 4), (4, 4), (4, 3)])  # the last: an epoch's unfilled step
+def test_a_step_s_auxiliary_loss_is_the_mean_over_its_micro_batches(accumulation, count, checkpointing, tmp_path):
+    made = trainer(tmp_path, mixture(), accumulation, count, activation_checkpointing=checkpointing)
+    loss.install_chunked_loss(made.model, 100)
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    made.train()
+    expected, found = mixture(), []
+    batches = [PackedCollator(0)([row]) for row in rows(count)][: min(accumulation, count)]
+    for batch in batches:
+        output = expected(**batch, output_router_logits=True)  # transformers' own: cross-entropy + 0.5 x auxiliary
+        (output.loss / len(batches)).backward()
+        aux = COEFFICIENT * output.aux_loss.item()
+        found.append((output.loss.item() - aux, aux))
+    for name, p in expected.named_parameters():
+        assert torch.allclose(before[name] - dict(made.model.named_parameters())[name], p.grad, atol=1e-5), name
+    row = next(row for row in made.state.log_history if "loss" in row)
+    means = torch.tensor(found).mean(0)
+    assert (row["loss"], row["aux_loss"]) == pytest.approx((means[0].item(), means[1].item()), rel=1e-5)
+    assert row["aux_loss"] > 0.9 * COEFFICIENT * 2  # 2 of 8 experts a token: even routing gives 2
+
+
+def test_held_out_loss_is_a_cross_entropy(tmp_path):
+    made = trainer(tmp_path, mixture(), 1, 4)
+    logits = made.model(
+        **{k: v for k, v in PackedCollator(0)(rows(2)).items() if k != "labels"}, use_cache=False
+    ).logits
+    labels = PackedCollator(0)(rows(2))["labels"]
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert made.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_load_is_that_of_the_busiest_expert_and_the_entropy_of_all():
+    experts = Experts(mixture())
+    even = torch.eye(8).repeat(4, 1) + torch.eye(8).roll(1, 1).repeat(4, 1)  # each expert is chosen equally often
+    one = torch.zeros(32, 8)
+    one[:, :2] = 1.0  # all tokens go to the first two
+    experts.count((even, even))
+    assert experts.take() == {"expert_load_max": 1.0, "expert_load_entropy": 1.0}
+    experts.count((even, one))
+    experts.count((even, one))
+    assert experts.take() == {
+        "expert_load_max": 4.0,
+        "expert_load_entropy": pytest.approx((1 + math.log(2, 8)) / 2, abs=1e-5),
+    }
+    assert experts.take() == {}
+
+
+@pytest.mark.parametrize("name", ["smollm2-1m", "smollm2-135m"])
+def test_a_sibling_has_as_many_active_weights_and_several_times_as_many_in_all(name):
+    dense, sibling = (counting.count(counting.built_in(n)) for n in (name, f"{name}-moe"))
+    assert sibling.active == pytest.approx(dense.total, rel=0.01) and sibling.total > 2 * dense.total
+
+
+def test_muon_is_refused_a_mixture_s_stacked_experts():
+    with pytest.raises(ValueError, match=r"optim = muon takes matrices, .* is a stack of them \[8, 64, 64\]"):
+        model.check_optimizer(mixture().config, "muon")
+    model.check_optimizer(model.load_config("smollm2-1m"), "muon")
