@@ -49,7 +49,7 @@ def take(browser, address, path, width, height, scheme):
     for written in page.get_by_role("region").all():
         written.get_by_text("ended: ").wait_for(timeout=120_000)
     page.mouse.move(0, 0)
-    page.wait_for_function("document.querySelectorAll('.wrap.generating, .wrap.translucent').length == 0")
+    page.evaluate("document.activeElement.blur()")
     page.screenshot(path=path, full_page=True)
     page.close()
 

@@ -78,7 +78,7 @@ class Model:
             context = getattr(network.config, "max_position_embeddings", None) or 2048
             parts = Path(path).resolve().parts[-1 - Path(path).name.startswith("checkpoint-") :]
             shown = "/".join(parts) if Path(path).is_dir() else name
-            return cls(shown, network, tokenizer, context, about(network, path, where["revision"]))
+            return cls(shown, network, tokenizer, context, about(network, context, path, where["revision"]))
         except Exception as error:  # whatever a damaged file makes the libraries raise
             raise ValueError(f"{name} cannot be loaded: {one_line(error)}") from error
 
@@ -161,7 +161,7 @@ def one_line(error) -> str:
     return re.sub(r"hf_\w{8,}", "hf_...", text)[:300]
 
 
-def about(network, path: str, revision: str) -> dict[str, str]:
+def about(network, context: int, path: str, revision: str) -> dict[str, str]:
     """What is known of a model: its config, its run's record (run.json) and its card, here or on the Hub."""
 
     local = Path(path).is_dir()
@@ -176,7 +176,7 @@ def about(network, path: str, revision: str) -> dict[str, str]:
     rows = {
         "Parameters": f"{network.num_parameters():,}",
         "Architecture": f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, context "
-        f"{config.max_position_embeddings:,}, vocabulary {config.vocab_size:,}",
+        f"{context:,}, vocabulary {config.vocab_size:,}",
         "Runs here as": f"{str(network.dtype).removeprefix('torch.')} on {network.device.type}",
     }
     run, checkpoint = json.loads(read("run.json") or "{}"), json.loads(read("manifest.json", [path]) or "{}")
@@ -250,7 +250,8 @@ def main(argv=None):
         parser.error("--model is missing: a directory, a Hub id or id@revision (on a Space: the variable MODEL_ID).")
     try:
         MODELS.extend([Model.load(name) for name in (args.model, args.compare) if name])
-        demo = build([(model.name, model.about) for model in MODELS], KNOBS, continued)
+        address = os.environ.get("SPACE_ID") or f"http://127.0.0.1:{args.port or 7860}"
+        demo = build([(model.name, model.about) for model in MODELS], KNOBS, continued, address)
     except ValueError as error:
         if "SPACE_ID" not in os.environ:
             parser.error(str(error))

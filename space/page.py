@@ -101,13 +101,14 @@ def table(models: list[tuple[str, dict]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in clean)
 
 
-def build(models: list[tuple[str, dict]], knobs: dict, continued) -> gr.Blocks:
+def build(models: list[tuple[str, dict]], knobs: dict, continued, address: str) -> gr.Blocks:
     """Lay out the page.
 
     Args:
         models: One or two (name, {label: what is known}).
         knobs: {name: (lowest, highest, step, default)}.
         continued: (prompt, **knobs) to a generator of one state a model, see app.Model.write; ValueError: a refusal.
+        address: What gradio_client is given: user/space, or a URL.
     """
     names = [name for name, _ in models]
 
@@ -124,10 +125,8 @@ def build(models: list[tuple[str, dict]], knobs: dict, continued) -> gr.Blocks:
 
     def stop(remembered):
         """Say so beside what was still being written: the event is cancelled, and can say nothing itself."""
-        prompt, states = remembered or ("", [])
-        if all(state["stop_reason"] for state in states):
-            return [gr.skip()] * len(names) if len(names) > 1 else gr.skip()
-        ended = [state | {"stop_reason": state["stop_reason"] or "stopped"} for state in states]
+        prompt, states = remembered or ("", [None] * len(names))
+        ended = [state and state | {"stop_reason": state["stop_reason"] or "stopped"} for state in states]
         shown = [written(name, prompt, state) for name, state in zip(names, ended, strict=True)]
         return shown if len(names) > 1 else shown[0]
 
@@ -155,7 +154,6 @@ def build(models: list[tuple[str, dict]], knobs: dict, continued) -> gr.Blocks:
         with gr.Accordion("About the models" if len(names) > 1 else "About the model", open=False):
             gr.Markdown(table(models))
         with gr.Accordion("Use it from Python", open=False):
-            address = os.environ.get("SPACE_ID", "http://127.0.0.1:7860")
             gr.Markdown(USE.format(address=address, prompt=PROMPTS[0]))
         endpoints(models, knobs, continued)
     return demo
