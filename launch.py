@@ -2,6 +2,7 @@
 
     python launch.py deepspeed --num_gpus 2 run_pretrain.py args.json
     smolpretrain-launch torchrun --nproc_per_node 2 run_pretrain.py args.json
+    python launch.py --restarts 20 deepspeed run_pretrain.py args.json      start again after an interruption or a crash
 
 Schedulers, containers and Ctrl-C signal the command they started. `deepspeed` dies of it and leaves its ranks running;
 its launch.py ends them with status 1 (DeepSpeed 0.19.8). Here the launcher never hears the signal: the ranks do, which
@@ -25,6 +26,9 @@ LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = os.EX_TEMPFAIL  # 75, as the ranks say it
 BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM, 256 - signal.SIGTERM)  # as subprocess, shells, DeepSpeed say it
+END = (0, 2, 3, 4, 5, 6)  # done, or what another start would meet again
+DEFAULT_OUTPUT_DIR = "runs/pretrain"  # of arguments.py, which takes seconds to import
+PAUSE_SECONDS = 5  # before another start: ports and GPUs of the last one are free again
 PATIENCE_SECONDS = 60  # until a rank must have appeared: ssh to other machines has none here
 
 
@@ -43,25 +47,19 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def main(argv=None):
-    """Run the launcher in a session of its own; the exit status is its ranks'."""
-    command = list(sys.argv[1:] if argv is None else argv)
-    if not command or Path(command[0]).name not in LAUNCHERS:
-        print(f"usage: launch.py {'|'.join(LAUNCHERS)} [its own words] run_pretrain.py args.json", file=sys.stderr)
-        return 2
-    heard = []
-    for number in SIGNALS:
-        signal.signal(number, lambda number, frame: heard.append(time.monotonic()))
+def run(command, heard, each=lambda: None):
+    """Run the launcher in a session of its own, `each` every 0.2 s; returns its ranks' exit status.
+
+    Args:
+        heard: Gets a time for each signal; then the ranks are told.
+    """
     path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"
-    try:
-        child = subprocess.Popen(
-            command, start_new_session=True, preexec_fn=die_with_parent, env=os.environ | {"PATH": path}
-        )
-    except OSError as error:
-        print(f"launch.py: error: {command[0]} cannot be started: {error.strerror}.", file=sys.stderr)
-        return 2
+    child = subprocess.Popen(
+        command, start_new_session=True, preexec_fn=die_with_parent, env=os.environ | {"PATH": path}
+    )
     told, orphaned = set(), False
     while child.poll() is None or ranks(child.pid):
+        each()
         if child.returncode is not None:
             orphaned = True
         if orphaned or heard:
@@ -76,6 +74,73 @@ def main(argv=None):
     if orphaned or (heard and status in BY_SIGTERM):
         return INTERRUPTED
     return status if status >= 0 else 128 - status
+
+
+def output_dir(command):
+    """Where the run keeps its checkpoints, from the words after the script; None where it will refuse them."""
+    if __package__:
+        from .command_line import collect
+    else:
+        from command_line import collect
+
+    script = next((place for place, word in enumerate(command) if word.endswith((".py", "smolpretrain"))), 0)
+    try:
+        given = collect(command[script + 1 :])
+    except ValueError:
+        return None
+    return Path(given["output_dir"].value if "output_dir" in given else DEFAULT_OUTPUT_DIR).expanduser()
+
+
+def newest_step(directory):
+    """Step of the newest finished checkpoint, 0 where there is none."""
+    found = directory.glob("checkpoint-*/manifest.json") if directory else ()
+    return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
+
+
+def run_again(command, restarts, heard):
+    """Run, and again after an interruption or a crash; returns the last exit status.
+
+    It ends with a status of END, a signal to this command, the run's STOP file, the last restart, or the second crash
+    in a row that has left no newer checkpoint: a third would not either.
+    """
+    directory, stop, fruitless = output_dir(command), [], 0
+    reached = newest_step(directory)
+    for left in range(restarts, -1, -1):
+        status = run(command, heard, lambda: stop.append(True) if directory and (directory / "STOP").exists() else None)
+        before, reached = reached, newest_step(directory)
+        fruitless = 0 if status == INTERRUPTED or reached > before else fruitless + 1
+        if status in END or heard or stop:
+            break
+        if not left or fruitless == 2:
+            why = "no restart is left" if not left else f"two starts in a row have not come past step {reached}"
+            print(f"launch.py: ended with status {status}: {why}.", file=sys.stderr, flush=True)
+            break
+        print(f"launch.py: status {status} after step {reached}, starting again ({left} left).", flush=True)
+        again = time.monotonic() + PAUSE_SECONDS
+        while time.monotonic() < again and not heard:
+            time.sleep(0.2)
+        if heard:
+            return INTERRUPTED
+    return status
+
+
+def main(argv=None):
+    """Run the launcher; the exit status is its ranks'."""
+    command, restarts = list(sys.argv[1:] if argv is None else argv), 0
+    if command[:1] == ["--restarts"] and command[1:] and command[1].isdecimal():
+        restarts, command = int(command[1]), command[2:]
+    if not command or Path(command[0]).name not in LAUNCHERS:
+        words = f"[--restarts N] {'|'.join(LAUNCHERS)} [its own words] run_pretrain.py args.json"
+        print(f"usage: launch.py {words}", file=sys.stderr)
+        return 2
+    heard = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: heard.append(time.monotonic()))
+    try:
+        return run_again(command, restarts, heard) if restarts else run(command, heard)
+    except OSError as error:
+        print(f"launch.py: error: {command[0]} cannot be started: {error.strerror}.", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

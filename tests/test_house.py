@@ -21,6 +21,7 @@ ALLOWED = {
     *(("data", "command_line"), ("arguments", "data.arguments"), ("limits", "data.arguments")),
     # Whoever publishes, a set, a model or a Space, talks to the Hub the same way: one identity, one patience.
     *(("data", "hub.connection"), ("space", "hub.connection")),
+    ("launch", "command_line"),  # to find output_dir as the run does
     *(("plan", name) for name in ("planning", "command_line", "arguments")),  # plan.py is planning/'s command
 }
 PRODUCT = [

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from conftest import BIN, ROOT, free_port
 from safetensors.torch import load_file
 from test_checkpoints import metadata  # noqa: F401, a fixture
 
+from smolpretrain import launch as launcher
 from smolpretrain.training import checkpoints, lock
 
 pytestmark = pytest.mark.slow
@@ -300,6 +302,45 @@ def test_whoever_is_signalled_the_ranks_stop_whole(left_alone, words, where, ran
     assert "stopped at step" in log_path.read_text() and "(the end of its launcher)" in log_path.read_text()
     assert ranks.run(output_dir, words)[0] == [0, 0]
     assert_equal_runs(left_alone, output_dir)
+
+
+def test_a_loop_starts_again_after_kills_and_interruptions_and_ends_bit_identical(left_alone, words, where):
+    """STOP ends the loop; a SIGKILL and a SIGTERM of one rank, which the loop does not hear, do not."""
+    output_dir, log_path = where / "again", where / "again.log"
+    output_dir.mkdir()
+    with open(log_path, "w") as log:
+        (output_dir / "STOP").touch()
+        stopped = launch(output_dir, words, log, sys.executable, "launch.py", "--restarts", "3")
+        assert stopped.wait(120) == 75, log_path.read_text()[-3000:]
+        assert "starting again" not in log_path.read_text() and checkpoints.by_step(output_dir)[0][0] == 1
+        process = launch(output_dir, words, log, sys.executable, "launch.py", "--restarts", "3")
+        for number, past in ((signal.SIGKILL, 1), (signal.SIGTERM, SAVE)):
+            wait_for(lambda past=past: max(losses(output_dir), default=0) > past, process)
+            (child,) = psutil.Process(process.pid).children()
+            os.kill(max(launcher.ranks(child.pid)), number)
+            wait_for(lambda gone=child.pid: not launcher.ranks(gone), process)
+        assert process.wait(240) == 0, log_path.read_text()[-3000:]
+    again = re.findall(r"launch.py: status (\d+) after step (\d+), starting again \((\d) left\)", log_path.read_text())
+    assert [left for _, _, left in again] == ["3", "2"] and again[0][0] not in ("0", "75") and again[1][0] == "75"
+    assert int(again[0][1]) < int(again[1][1]) < STEPS, "a signal came too late to mean anything"
+    assert_equal_runs(left_alone, output_dir)
+
+
+@pytest.mark.parametrize(
+    ("started", "words", "status", "starts"),
+    [
+        ("deepspeed", ["learning_rate=fast"], 2, 1),  # a mistake: another start would meet it again
+        ("torchrun", ["learning_rate=fast"], 1, 2),  # torchrun hides the 2: two starts that come to nothing
+    ],
+)
+def test_a_loop_ends_where_another_start_would_end_the_same_way(where, started, words, status, starts):
+    command = [sys.executable, "launch.py", "--restarts", "5", started, "--master_port", free_port()]
+    command += ["run_pretrain.py", *words, f"output_dir={where / 'fruitless'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == status, done.stderr[-3000:]
+    assert done.stderr.count("run_pretrain.py: error: command line: learning_rate") == starts
+    ended = "launch.py: ended with status 1: two starts in a row have not come past step 0."
+    assert (ended in done.stderr) == (starts == 2)
 
 
 def test_a_launcher_that_is_killed_ends_the_run_whole_under_ours(words, where):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smolpretrain.arguments import PretrainArguments
+from smolpretrain.arguments import SCHEDULE, PretrainArguments
 from smolpretrain.training.trainer import PretrainTrainer
 
 
@@ -41,8 +41,14 @@ def test_without_max_steps_shares_are_of_the_steps_that_the_epochs_make(tmp_path
 
 
 def test_warm_up_and_decay_may_be_the_whole_run_and_another_decay_type_is_kept(tmp_path):
-    seen = rates(tmp_path, 5, range(6), warmup_steps=0.5, max_steps=5, decay_fraction=0.5)
-    assert seen == pytest.approx([trapezoid(step, 1e-3, 3, 2, 5) for step in range(6)], rel=1e-9, abs=1e-15)
+    seen = rates(tmp_path, 7, range(8), warmup_steps=0.5, max_steps=7, decay_fraction=0.5)
+    assert seen == pytest.approx([trapezoid(step, 1e-3, 4, 3, 7) for step in range(8)], rel=1e-9, abs=1e-15)
     options = {"decay_type": "1-sqrt", "min_lr_ratio": 0.1}
     seen = rates(tmp_path, 8, [4, 6, 8], warmup_steps=0, max_steps=8, decay_fraction=0.5, lr_scheduler_kwargs=options)
     assert seen == pytest.approx([1e-3, 1e-3 * (0.9 * (1 - 0.5**0.5) + 0.1), 1e-4], rel=1e-9)
+
+
+def test_a_run_that_goes_on_is_held_against_its_decay(tmp_path):
+    words = {"output_dir": str(tmp_path), "deepspeed": None, "lr_scheduler_type": "warmup_stable_decay"}
+    facts = [PretrainArguments(**words, decay_fraction=share).on_resume(SCHEDULE) for share in (0.1, 0.2)]
+    assert facts[0] != facts[1]
