@@ -88,13 +88,15 @@ def output_dir(command):
         given = collect(command[script + 1 :])
     except ValueError:
         return None
-    return Path(given["output_dir"].value if "output_dir" in given else DEFAULT_OUTPUT_DIR).expanduser()
+    asked = given["output_dir"].value if "output_dir" in given else None
+    return Path(str(asked or DEFAULT_OUTPUT_DIR)).expanduser()
 
 
 def newest_step(directory):
     """Step of the newest finished checkpoint, 0 where there is none."""
     found = directory.glob("checkpoint-*/manifest.json") if directory else ()
-    return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
+    steps = (path.parent.name.removeprefix("checkpoint-") for path in found)
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
 def run_again(command, restarts, heard):

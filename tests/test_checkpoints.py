@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from conftest import ROOT
 from test_training import rows, trainer
 from transformers import AutoModelForCausalLM
 
+from smolpretrain import launch
+from smolpretrain.arguments import PretrainArguments
 from smolpretrain.training import checkpoints, guards, lock, model, ranks, resume, spot
 
 RUN = resume.Run(
@@ -520,3 +522,19 @@ def test_our_launcher_without_a_launcher_says_how_it_is_called(words):
     assert done.returncode == 2
     launchers = "[--restarts N] deepspeed|torchrun|accelerate [its own words] run_pretrain.py args.json"
     assert done.stderr == f"usage: launch.py {launchers}\n"
+
+
+def test_our_launcher_finds_the_run_s_directory_and_its_newest_finished_checkpoint(tmp_path):
+    default = next(field.default for field in fields(PretrainArguments) if field.name == "output_dir")
+    words = ["deepspeed", "--num_gpus", "2", "run_pretrain.py"]
+    assert launch.output_dir([*words, "max_steps=3"]) == Path(default)
+    file = tmp_path / "args.json"
+    file.write_text('{"output_dir": "from/the/file"}')
+    assert launch.output_dir([*words, str(file)]) == Path("from/the/file")
+    assert launch.output_dir([*words, str(file), "output_dir=~/words"]) == Path.home() / "words"
+    assert launch.output_dir([*words, str(tmp_path / "none.json")]) is None and launch.newest_step(None) == 0
+    for name in ("checkpoint-20", "checkpoint-100", "checkpoint-old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    (tmp_path / "checkpoint-300").mkdir()  # killed while it was written
+    assert launch.newest_step(tmp_path) == 100
