@@ -143,7 +143,7 @@ def reduced(name):
     smaller |= {"attn_implementation": "sdpa", "torch_compile": False, "sample_steps": 0, "disable_tqdm": True}
     smaller |= {"validation_fraction": 0.05, "eval_steps": 10, "max_eval_documents": 4, "keep_every_steps": 4}
     if "max_tokens" in given:
-        smaller["max_tokens"] = 40_000
+        smaller["max_tokens"] = 120_000
     if "init_from" in given:
         smaller["init_from"] = "runs/smollm2-135m/checkpoint-8"
     return [f"{key}={json.dumps(value)}" for key, value in smaller.items()]
