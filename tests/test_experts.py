@@ -1,12 +1,14 @@
 """Mixtures of experts: an auxiliary loss of one weight whatever the accumulation and the ranks, and what is chosen."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from transformers import set_seed
+from transformers import AutoModelForCausalLM, set_seed
 
+from smolpretrain import run_pretrain
 from smolpretrain.arguments import PretrainArguments
 from smolpretrain.data.packing import PackedCollator
 from smolpretrain.planning import counting
@@ -98,3 +100,29 @@ def test_muon_is_refused_a_mixture_s_stacked_experts():
     with pytest.raises(ValueError, match=r"optim = muon takes matrices, .* is a stack of them \[8, 64, 64\]"):
         model.check_optimizer(mixture().config, "muon")
     model.check_optimizer(model.load_config("smollm2-1m"), "muon")
+
+
+@pytest.mark.parametrize(
+    ("name", "optim", "rows"),
+    [
+        ("smollm2-1m", "muon", {"loss", "z_loss"}),
+        (
+            "smollm2-1m-moe",
+            "adamw_torch_fused",
+            {"loss", "z_loss", "aux_loss", "expert_load_max", "expert_load_entropy"},
+        ),
+    ],
+)
+def test_a_run_records_what_it_minimizes_and_how_tokens_are_sent(name, optim, rows, small_words, tmp_path):
+    words = [w for w in small_words if not w.startswith(("model_name", "config_overrides", "max_steps", "warmup"))]
+    words += ["z_loss=1e-4", f"model_name={name}", f"config_overrides={json.dumps(SIZES)}", f"optim={optim}"]
+    words += ["max_steps=3", "warmup_steps=1"]
+    run_pretrain.main([*words, "deepspeed=null", f"output_dir={tmp_path}", "validation_fraction=0"])
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 3
+    for step in steps:
+        assert {key for key in step if "loss" in key or "expert" in key} == rows | {"loss", "z_loss"}
+        assert step["z_loss"] == pytest.approx(1e-4 * math.log(512) ** 2, rel=0.1)  # of weights that know nothing yet
+        assert step["loss"] == pytest.approx(math.log(512), rel=0.1)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert getattr(again.config, "router_aux_loss_coef", 0.01) == 0.01 and again.config.use_cache

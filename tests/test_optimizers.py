@@ -5,12 +5,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, set_seed
 
 from smolpretrain import limits
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 from smolpretrain.command_line import parse_args
 from smolpretrain.data.packing import PackedCollator
+from smolpretrain.data.tokenization import train_tokenizer
 from smolpretrain.planning import memory
 from smolpretrain.training import model, space
 from smolpretrain.training.trainer import PretrainTrainer
@@ -116,6 +118,25 @@ def test_muon_s_step_is_torch_s_own_and_as_large_as_adamw_s(tmp_path):
     assert torch.equal(after[name], alone)
     size = (after[name] - before[name]).pow(2).mean().sqrt() / 1e-3
     assert 0.1 < size < 0.4  # AdamW's is 0.2 to 0.4 (arXiv 2502.16982, section 2.2)
+
+
+def test_schedule_free_weights_are_read_as_their_average(tmp_path):
+    pytest.importorskip("schedulefree")
+    made = trainer(tmp_path, "schedule_free_adamw", eval_strategy="no")
+    made.processing_class = train_tokenizer(["some text to train on, long enough"] * 3, 300)
+    made.train()
+    optimizer, weights = made.optimizer.optimizer, dict(made.model.named_parameters())
+    trained = {name: p.detach().clone() for name, p in weights.items()}
+    # a trained weight is 0.9 x the average + 0.1 x the last iterate (Defazio et al. 2024, arXiv 2405.15682)
+    average = {name: (y - 0.1 * optimizer.state[weights[name]]["z"]) / 0.9 for name, y in trained.items()}
+    made.evaluate()
+    assert all(torch.allclose(p, average[name], atol=1e-6) for name, p in weights.items())
+    optimizer.train()  # as the next training_step does
+    assert all(torch.allclose(p, trained[name], atol=1e-6) for name, p in weights.items())
+    made.export()
+    exported = load_file(tmp_path / "model.safetensors")
+    assert all(torch.allclose(exported[name], average[name], atol=1e-6) for name in average)
+    assert not all(torch.allclose(trained[name], average[name], atol=1e-6) for name in average)
 
 
 def refusal(*words):
