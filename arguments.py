@@ -23,7 +23,7 @@ else:
 STREAM_DOCUMENTS = 20_000  # at 2 kB each 40 MB of text: seconds to prepare, 100 held out at the default fraction
 SAME_ON_RESUME = (
     *("seed", "data_seed", "per_device_train_batch_size", "dataloader_drop_last", "bf16", "max_grad_norm", "optim"),
-    *("optim_args", "z_loss", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("optim_args", "z_loss", "gradient_compression", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
 SCHEDULE = (  # what allow_changes can name
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_fraction"),
@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
     *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "max_eval_samples", "sample_steps"),
     *("dataloader_num_workers", "activation_checkpointing", "ddp_timeout", "max_bad_steps", "on_spike"),
 )
+COMPRESSIONS = ("none", "bf16", "fp16", "powersgd")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
@@ -220,6 +221,13 @@ class PretrainArguments(TrainingArguments):
             "help": "The model's licence as the Hub names it, such as apache-2.0. push_to_hub needs it; never guessed."
         },
     )
+    gradient_compression: str = field(
+        default="none",
+        metadata={
+            "help": f"What gradients become on the wire between ranks: {', '.join(COMPRESSIONS)}. Under ZeRO bf16 or "
+            "fp16; powersgd is DDP's (deepspeed=null) and begins anew, uncompressed, when a run goes on."
+        },
+    )
     z_loss: float = field(
         default=0.0,
         metadata={
@@ -252,7 +260,11 @@ class PretrainArguments(TrainingArguments):
             ds_configs.stand_alone()
         asked = self.optim
         self.optim = "adamw_torch_fused" if asked == limits.MUON else asked  # TrainingArguments knows no Muon
+        one_of("gradient_compression", self.gradient_compression, COMPRESSIONS)
+        limits.check_compression(self)
         super().__post_init__()
+        if self.deepspeed and self.gradient_compression != "none":
+            self.hf_deepspeed_config.config["communication_data_type"] = self.gradient_compression
         self.optim = asked if asked == limits.MUON else self.optim
         if self.n_gpu > 1:
             raise ValueError(

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import fields
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -189,6 +190,33 @@ def _check_optimizer(args):
         raise ValueError(
             f"lr_scheduler_kwargs = {json.dumps(options)} do not fit lr_scheduler_type = {name}: {error}."
         ) from None
+
+
+def check_compression(args):
+    """What can compress gradients here; the DeepSpeed file is known to be one.
+
+    Raises:
+        ValueError: The backend, ZeRO or another argument does not go with it.
+    """
+    kind, said = args.gradient_compression, f"gradient_compression = {args.gradient_compression}"
+    if kind == "none":
+        return
+    if args.deepspeed:
+        if kind == "powersgd":
+            raise ValueError(f"{said} is DDP's, and ZeRO (deepspeed = {args.deepspeed}) is not: set deepspeed=null.")
+        if kind == "fp16" and args.bf16:
+            raise ValueError(f"{said} saves nothing: ZeRO sends bfloat16 where bf16 = true. Leave it out.")
+        config = args.deepspeed if isinstance(args.deepspeed, dict) else json.loads(Path(args.deepspeed).read_text())
+        if config.get("communication_data_type", kind) != kind:
+            raise ValueError(
+                f"{said}, but deepspeed = {args.deepspeed} has communication_data_type = "
+                f"{config['communication_data_type']}. Leave one of them out."
+            )
+    elif kind in ("bf16", "powersgd") and args.use_cpu:
+        why = "torch refuses its hook on gloo" if kind == "bf16" else "its chained reductions hang on gloo (torch 2.13)"
+        raise ValueError(f"{said} needs NCCL, and CPUs have gloo: {why}. Take fp16, or ZeRO, which has bf16.")
+    if kind == "powersgd" and args.on_spike == "skip":
+        raise ValueError(f"{said} carries what it left out to the next step, so no step can be skipped: on_spike=stop.")
 
 
 def _check_packages(optim, args):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from . import checkpoints, optimizers, schedule, space
+from . import checkpoints, compression, optimizers, schedule, space
 from .divergence import Divergence
 from .experts import Experts
 from .terms import Terms
@@ -41,6 +41,12 @@ class PretrainTrainer(Trainer):
         self.divergence = Divergence(known.on_spike, known.max_bad_steps, known.process_index, known.world_size)
         self.add_callback(self.divergence)
         self.terms, self.experts = getattr(self.model, "terms", None) or Terms(), Experts.of(self.model)
+
+    def _build_accelerator_args(self, **kwargs):
+        found = super()._build_accelerator_args(**kwargs)
+        if not self.args.deepspeed:  # ZeRO's JSON says it there
+            compression.hook(found["kwargs_handlers"][0], self.args.gradient_compression, self.args.max_steps)
+        return found
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Trainer's, seen by the guard against divergence before the backward."""
