@@ -68,8 +68,8 @@ def theirs(run, seconds, output_dir):
     return steps
 
 
-def bits_per_byte(model, run, window, output):
-    """Of a model directory, on the run's held-out documents."""
+def score_held_out(model, run, window, output):
+    """What eval/perplexity.py writes of a model directory on the run's held-out documents."""
     command = [sys.executable, ROOT / "eval" / "perplexity.py", "--model", model, "--prepared_dir", run / "prepared"]
     command += ["--window", window, "--output", output]
     subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
@@ -85,8 +85,11 @@ def main():
         run, peer = Path(scratch, "ours"), Path(scratch, "theirs")
         seconds, window = ours(run, words)
         steps = theirs(run, seconds, peer)
-        for name, model in (("configs/cpu-10min.json", run), (f"run_clm.py's defaults, {steps} steps", peer)):
-            print(name, bits_per_byte(model, run, window, Path(scratch, "score.json")))
+        print(f"| {seconds:.0f} s each | bits per byte | 95 % |\n|---|---:|---|")
+        for name, model in (("configs/cpu-10min.json", run), (f"run_clm.py's defaults, {steps:,} steps", peer)):
+            score = score_held_out(model, run, window, Path(scratch, "score.json"))
+            low, high = score["bits_per_byte_low"], score["bits_per_byte_high"]
+            print(f"| {name} | {score['bits_per_byte']:.4f} | {low:.4f} to {high:.4f} |", flush=True)
 
 
 if __name__ == "__main__":
