@@ -83,7 +83,8 @@ def test_a_resumed_run_ends_bit_identical_and_the_plan_knows_its_state(optim, tm
         assert sum(held.values()) == memory.states(setup)["optimizer"]
     reckoned = space.checkpoint_bytes(whole.model.config, optim, False, None)[0] - space.BESIDES
     files = [tmp_path / "whole" / "checkpoint-3" / name for name in ("model.safetensors", "optimizer.pt")]
-    assert reckoned > sum(file.stat().st_size for file in files) - 2**17  # names and headers of a tiny model
+    size = sum(file.stat().st_size for file in files)
+    assert size - 2**17 < reckoned < (2.0 if optim == "adafactor" else 1.2) * size  # names and headers of a tiny model
 
 
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(tmp_path):
