@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
 from smolpretrain import run_pretrain
@@ -126,3 +127,22 @@ def test_a_run_records_what_it_minimizes_and_how_tokens_are_sent(name, optim, ro
         assert step["loss"] == pytest.approx(math.log(512), rel=0.1)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert getattr(again.config, "router_aux_loss_coef", 0.01) == 0.01 and again.config.use_cache
+
+
+@pytest.mark.slow
+def test_one_rank_of_four_micro_batches_and_two_of_two_train_alike(launch, small_words, tmp_path):
+    words = [*(w for w in small_words if not w.startswith(("model_name", "config_overrides"))), "bf16=false"]
+    overrides = json.dumps(SIZES | {"router_aux_loss_coef": COEFFICIENT})
+    words += ["model_name=smollm2-1m-moe", f"config_overrides={overrides}", "optim=adamw_torch", "max_steps=6"]
+    words += ["save_strategy=no", f"prepared_dir={tmp_path / 'prepared'}"]
+    launch("python", "run_pretrain.py", *words, "deepspeed=null", f"output_dir={tmp_path / 'one'}",
+           "gradient_accumulation_steps=4")  # fmt: skip
+    launch("deepspeed", "--num_gpus", 2, "run_pretrain.py", *words, f"output_dir={tmp_path / 'two'}")
+    rows = [[json.loads(line) for line in (tmp_path / each / "metrics.jsonl").read_text().splitlines()]
+            for each in ("one", "two")]  # fmt: skip
+    assert len(rows[0]) == 6
+    for alone, together in zip(*rows, strict=True):
+        for name in ("loss", "aux_loss", "expert_load_entropy", "grad_norm"):
+            assert together[name] == pytest.approx(alone[name], rel=2e-3), name
+    one, two = (load_file(tmp_path / each / "model.safetensors") for each in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=2e-3) for name in one)
