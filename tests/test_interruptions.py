@@ -425,7 +425,7 @@ def test_a_first_rank_that_hangs_before_training_ends_the_run_too(left_alone, wo
     shutil.copytree(left_alone, output_dir)
     fault = {"point": "choice", "at": 1, "rank": 0, "do": "sleep 1000"}
     statuses, text = ranks.run(output_dir, [*words, "ddp_timeout=5"], fault, grace=2)
-    assert statuses == [-signal.SIGKILL, 1], text[-2000:]
+    assert statuses == [75, 1], text[-2000:]  # the one that hangs leaves when its launcher signals it
     assert (
         text.count("error: rank 1 outside training: rank 0 does not answer: killed (out of memory?) or hanging.") == 1
     )
