@@ -247,6 +247,24 @@ def test_a_telephone_shows_it_whole_in_light_and_dark(server, browser, scheme):
             assert contrast(ink, ground) >= 4.5, (part, ink, ground)
 
 
+def test_one_model_alone_writes_and_a_stop_with_nothing_to_stop_changes_nothing(models, browser, tmp_path):
+    with served("--model", models / "ends", where=tmp_path) as (address, *_), visit(browser, address) as shown:
+
+        def stop():
+            before = shown.locator(".written").all_inner_texts()
+            with shown.expect_response(lambda response: response.request.method == "POST") as answered:
+                shown.get_by_role("button", name="Stop").click()
+            assert answered.value.ok and len(before) == 1
+            assert shown.locator(".written").all_inner_texts() == before
+
+        stop()
+        shown.get_by_label("Beginning of a text").fill(PROMPT)
+        shown.get_by_role("button", name="Continue").click()
+        region(shown, "ends").get_by_text("ended: the model ended its text").wait_for()
+        assert figure(shown, "ends") == 1
+        stop()
+
+
 def contrast(*colours):
     """WCAG 2.1's ratio of two colours as the browser writes them."""
 
