@@ -275,7 +275,7 @@ def test_one_commit_holds_weights_card_pictures_and_record(hub, pushed):
         *re.findall(r"report/[\w.-]+\.png", main["README.md"].decode()),
     }
     card = ModelCard(main["README.md"].decode())
-    assert card.data.license == "apache-2.0" and "base_model" not in card.data and "fine-tuned" not in card.text
+    assert card.data.license == "apache-2.0" and card.data.base_model is None and "fine-tuned" not in card.text
     at_10 = repo.files("step10-tokens0M")
     assert set(at_10) - {".gitattributes"} == set(main) - {".gitattributes", "run.json"} - {
         name for name in main if name.startswith("report/")
