@@ -29,6 +29,15 @@ SECRETS = {  # what a user's environment may hold, none of it real
 }
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """What a run inside this process leaves in the environment (accelerate sets RANK, LOCAL_RANK, ...) ends with it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory):
     """JSON lines of documents of 5 to 400 words, so that rows hold unequal numbers of documents and targets."""
