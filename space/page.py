@@ -150,7 +150,9 @@ def build(models: list[tuple[str, dict]], knobs: dict, continued, address: str) 
             [go.click, prompt.submit], show, [prompt, *settings], [*outputs, remembered], concurrency_id="models",
             concurrency_limit=1, show_progress="minimal", api_visibility="private",
         )  # fmt: skip
-        halt.click(stop, remembered, outputs, cancels=[writing], queue=False, api_visibility="private")
+        halted = halt.click(stop, remembered, outputs, cancels=[writing], queue=False, api_visibility="private")
+        # Once more: what the cancelled event had sent already may reach the page behind the first answer.
+        halted.then(stop, remembered, outputs, queue=False, api_visibility="private")
         with gr.Accordion("About the models" if len(names) > 1 else "About the model", open=False):
             gr.Markdown(table(models))
         with gr.Accordion("Use it from Python", open=False):
