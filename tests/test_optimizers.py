@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_training import TINY
 from transformers import LlamaConfig, set_seed
 
 from smolpretrain import limits
@@ -18,16 +19,7 @@ from smolpretrain.training import model, space
 from smolpretrain.training.trainer import PretrainTrainer
 
 EOS = 0
-TINY = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-}
+SIZES = TINY | {"tie_word_embeddings": False}
 ALONE = {"lr_scheduler_type": "constant", "warmup_steps": 2}  # what schedule-free optimizers ask for
 OPTIMIZERS = [
     *("adamw_bnb_8bit", "adamw_torch_fused", "adamw_torch", "muon", "lion_8bit", "lion_32bit", "paged_adamw_32bit"),
@@ -36,7 +28,7 @@ OPTIMIZERS = [
 
 
 def rows(count, length=64):
-    ids = np.random.default_rng(0).integers(1, TINY["vocab_size"], (count, length))
+    ids = np.random.default_rng(0).integers(1, SIZES["vocab_size"], (count, length))
     ids[np.random.default_rng(1).random(ids.shape) < 0.1] = EOS
     return [{"input_ids": row} for row in ids]
 
@@ -48,7 +40,7 @@ def trainer(directory, optim, **options):
     words |= ALONE if optim.startswith("schedule_free") else {}
     args = PretrainArguments(output_dir=str(directory), deepspeed=None, disable_tqdm=True, **words | options)
     return PretrainTrainer(
-        model=model.random_model(LlamaConfig(**TINY), 0, "sdpa"),
+        model=model.random_model(LlamaConfig(**SIZES), 0, "sdpa"),
         args=args,
         train_dataset=rows(32),
         eval_dataset=rows(2),
@@ -76,7 +68,7 @@ def test_a_resumed_run_ends_bit_identical_and_the_plan_knows_its_state(optim, tm
     assert ended.keys() == again.keys() and all(torch.equal(ended[name], again[name]) for name in ended)
     assert not any(torch.equal(ended[name], start) for name, start in before.items())  # every weight was trained
     if optim in memory.OPTIMIZERS:
-        setup = memory.Setup(LlamaConfig(**TINY).to_dict(), 64, stage=None, optim=optim)
+        setup = memory.Setup(LlamaConfig(**SIZES).to_dict(), 64, stage=None, optim=optim)
         held = {
             v.data_ptr(): v.nbytes for s in whole.optimizer.state.values() for v in s.values() if torch.is_tensor(v)
         }
