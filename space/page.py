@@ -43,6 +43,7 @@ CSS = """
 .written .given { color: var(--body-text-color-subdued); }
 .written footer { margin-top: .6rem; padding-top: .5rem; border-top: 1px solid var(--border-color-primary);
   font-size: .8125rem; font-variant-numeric: tabular-nums; color: var(--body-text-color-subdued); }
+.prose pre, .prose pre code { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 .prose th, .prose td { border: 1px solid var(--border-color-primary) !important; text-align: left; }
 """
 SOFT = {"body_text_color_subdued": "*neutral_600", "block_info_text_color": "*neutral_600"}  # 4.5:1 and more

@@ -37,8 +37,3 @@ def opened(path, width=1280, height=900):
 def widest(page):
     """Pixels by which the page is wider than its window."""
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-
-
-def wait_until_it_fits(page):
-    """Return once nothing is wider than the window or raise Playwright's TimeoutError."""
-    page.wait_for_function("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
