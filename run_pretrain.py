@@ -72,7 +72,7 @@ def say(sentence):
 def fail(error, status=2):
     """One line from the first rank, the exit status on all; the others wait, or a launcher would cut the line off."""
     if RANK != 0:
-        time.sleep(20)
+        time.sleep(60)
         sys.exit(status)
     ArgumentParser(prog="run_pretrain.py").exit(status, f"run_pretrain.py: error: {' '.join(str(error).split())}\n")
 

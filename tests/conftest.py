@@ -1,24 +1,31 @@
 """What the tests share: no network, a small corpus of uneven documents, and launches as a user launches."""
 
+import contextlib
 import json
 import os
 import random
 import shutil
-import socket
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+os.environ |= {
+    "HF_HUB_ETAG_TIMEOUT": "300",
+    "HF_HUB_DOWNLOAD_TIMEOUT": "300",
+}  # 10 s may be few on two cores
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 from loopback_hub import LoopbackHub
+from ports import free_port
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECRETS = {  # what a user's environment may hold, none of it real
     "HF_TOKEN": "hf_" + "x0Y1" * 9,
     "HUGGING_FACE_HUB_TOKEN": "hf_" + "z2W3" * 9,
@@ -29,13 +36,39 @@ SECRETS = {  # what a user's environment may hold, none of it real
 }
 
 
-@pytest.fixture(autouse=True)
-def environment():
-    """What a run inside this process leaves in the environment (accelerate sets RANK, LOCAL_RANK, ...) ends with it."""
-    before = dict(os.environ)
+@contextlib.contextmanager
+def nothing_left():
+    """Random numbers from the start; what a run leaves in the environment (accelerate: RANK) and of handlers ends."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    before, handlers = dict(os.environ), {number: signal.getsignal(number) for number in SIGNALS}
     yield
     os.environ.clear()
     os.environ.update(before)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    with nothing_left():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """A fixture that several tests share is made before `alone` looks: what it leaves would stay."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with nothing_left():
+        return (yield)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forks_hear():
+    """A run inside this process would block signals in whatever is forked later: in every test's workers."""
+    if guards := sys.modules.get("smolpretrain.training.guards"):
+        guards.deafen_forks = lambda: None
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +91,14 @@ def hub():
         yield running
 
 
+def note_waits(monkeypatch, waits):
+    """What talks to the Hub notes its waits and makes none; whatever else waits in this process goes on doing so."""
+    from smolpretrain.hub import connection
+
+    for module in (connection, utils._http):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=waits.append))
+
+
 @pytest.fixture
 def client(hub, monkeypatch, tmp_path):
     """This process as a client of the loopback Hub: commands are called in it; waits between tries are noted instead.
@@ -70,16 +111,9 @@ def client(hub, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_loopback")
     hub.faults.clear()
     hub.waits = []
-    monkeypatch.setattr(time, "sleep", hub.waits.append)
+    note_waits(monkeypatch, hub.waits)
     yield hub
     hub.faults.clear()
-
-
-def free_port():
-    """For --master_port: DeepSpeed's 29500 may be a training's that runs beside the tests."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

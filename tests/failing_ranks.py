@@ -6,7 +6,6 @@ Imports once, forks two ranks a case, and prints {case: [statuses, what both wro
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from datetime import timedelta
@@ -17,10 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
+from ports import free_port
 
 from training import ranks, space
 
 WORLD = 2
+BEFORE_THEY_MEET = ("both raise before they have met", "rank 1 raises before rank 0 has begun, which raises too")
 
 
 def fail(case, rank):
@@ -59,8 +60,11 @@ def rank_process(case, rank, port, log):
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1), os.dup2(1, 2)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     asked = case.endswith("asked to stop") and rank == 0
+    if case == "rank 1 raises before rank 0 has begun, which raises too" and rank == 0:
+        while "boom of 1" not in log.read_text():
+            time.sleep(0.01)
     with ranks.one_error(rank, WORLD, lambda: "at step 7", lambda: asked):
-        if case == "both raise before they have met":
+        if case in BEFORE_THEY_MEET:
             raise KeyError(f"boom of {rank}")
         dist.init_process_group("gloo", timeout=timedelta(seconds=40))
         other = dist.new_group(timeout=timedelta(seconds=40))
@@ -76,9 +80,7 @@ def rank_process(case, rank, port, log):
 
 def run(case, log):
     """Fork the ranks of a case and wait for both; one that hangs is ended once the other has."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     pids = []
     for rank in range(WORLD):
         if (pid := os.fork()) == 0:
@@ -97,7 +99,7 @@ def run(case, log):
 
 
 if __name__ == "__main__":
-    cases = ["both raise", "both raise before they have met", "both meet a full disk"]
+    cases = ["both raise", *BEFORE_THEY_MEET, "both meet a full disk"]
     cases += [f"rank {rank} {what}" for what in ("raises", "meets a full disk", "is killed") for rank in range(WORLD)]
     cases += ["rank 1 leaves, rank 0 was asked to stop", "rank 1 hangs"]
     print(json.dumps({case: run(case, Path(sys.argv[1], case)) for case in cases}))

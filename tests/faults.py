@@ -1,6 +1,6 @@
 """run_pretrain.py with a fault in it, for tests: under any launcher, or many launches from one process.
 
-    deepspeed --num_gpus 2 tests/faults.py '{"point": "substep", "at": 7, "rank": 1, "do": "raise", "fired": "f"}' ...
+    deepspeed --num_gpus 2 tests/faults.py fault='{"point": "substep", "at": 7, "rank": 1, "do": "raise", "fired": "f"}'
     python tests/faults.py serve FILE_DESCRIPTOR
 
 A fault happens when its point is reached for the at-th time on its rank, and adds a line to the file `fired`, so that a
@@ -14,8 +14,8 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
+from ports import free_port
 from transformers import TrainerCallback
 
 import run_pretrain
 from training import trainer
+from training.guards import launchers
 
 IN_CHECKPOINT = re.compile(r"checkpoint-\d+(/|$)")
 
@@ -36,14 +38,16 @@ class Fault(TrainerCallback):
     choice (each manifest read) and rotation (each removed).
 
     Does: kill all, raise, sleep SECONDS, SIGTERM ... to this rank, group SIGTERM to all ranks and their children, await
-    stop until this rank has heard why to stop, count.
+    stop until this rank has heard why to stop, await end until then or its launcher's end, count. `first`: in so many
+    launches only.
     """
 
     stop = None
 
-    def __init__(self, point, at, do, fired, rank=0):
+    def __init__(self, point, at, do, fired, rank=0, first=None):
         self.point, self.at, self.do, self.fired = point, at, do, Path(fired)
-        self.armed, self.count, self.rotating = rank == run_pretrain.RANK, 0, False
+        earlier = len(self.fired.read_text().splitlines()) if first and self.fired.exists() else 0
+        self.armed, self.count, self.rotating = rank == run_pretrain.RANK and earlier < (first or 1), 0, False
 
     def reach(self, point, where=""):
         if not self.armed or point != self.point:
@@ -61,9 +65,11 @@ class Fault(TrainerCallback):
             raise torch.OutOfMemoryError("out of memory, as injected")
         elif self.do.startswith("sleep"):
             time.sleep(float(self.do.split()[1]))
-        elif self.do == "await stop":
-            end = time.monotonic() + 120
-            while not self.stop.heard and time.monotonic() < end:
+        elif self.do.startswith("await"):
+            until = time.monotonic() + 600
+            while not self.stop.heard and time.monotonic() < until:
+                if self.do == "await end" and launchers() != self.stop.above:
+                    break
                 time.sleep(0.05)
         elif self.do.startswith("group"):
             os.killpg(0, getattr(signal, self.do.split()[1]))
@@ -154,10 +160,12 @@ def run(words, fault=None, rows=None):
     run_pretrain.main(words)
 
 
-def rank_process(rank, world, port, request):
+def rank_process(rank, world, port, request, all_there):
     """One forked rank; never returns."""
     status = 1
     try:
+        os.close(all_there[1])
+        os.read(all_there[0], 1)
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
@@ -179,19 +187,21 @@ def rank_process(rank, world, port, request):
 
 def serve(answers):
     """Answer each request line {words, world, log, fault, rows} with the ranks' pids, then with their statuses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()  # for all, so that one finds what another has left
     for line in sys.stdin:
         request = json.loads(line)
+        for told in Path(tempfile.gettempdir()).glob(f"smolpretrain-told-{os.getpid()}-*"):
+            told.unlink()  # of the launch before: a real launcher is another process each time
         world = request.get("world", 2)
-        pids = []
+        pids, all_there = [], os.pipe()
         for rank in range(world):
             if (pid := os.fork()) == 0:
                 os.setpgid(0, pids[0] if pids else 0)
-                rank_process(rank, world, port, request)
+                rank_process(rank, world, port, request, all_there)
             os.setpgid(pid, pids[0] if pids else pid)
             pids.append(pid)
+        for end in all_there:  # none begins, nor kills its group, before all are in it
+            os.close(end)
         print(json.dumps(pids), file=answers, flush=True)
         statuses, ending = {}, None
         while len(statuses) < world:  # as launchers do: the first that fails ends the others
@@ -203,7 +213,7 @@ def serve(answers):
                 ending = ending or time.monotonic()
                 for pid in set(pids) - set(statuses):
                     os.kill(
-                        pid, signal.SIGTERM if time.monotonic() - ending < request.get("grace", 30) else signal.SIGKILL
+                        pid, signal.SIGTERM if time.monotonic() - ending < request.get("grace", 300) else signal.SIGKILL
                     )
             time.sleep(0.05)
         print(json.dumps([statuses[pid] for pid in pids]), file=answers, flush=True)
@@ -215,5 +225,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(os.fdopen(int(sys.argv[2]), "w"))
     else:
-        words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-        run(words[1:], json.loads(words[0]))
+        words = [word for word in sys.argv[1:] if not word.startswith(("--local_rank", "fault="))]
+        (fault,) = (word.removeprefix("fault=") for word in sys.argv if word.startswith("fault="))
+        run(words, json.loads(fault))

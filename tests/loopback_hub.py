@@ -80,7 +80,8 @@ class LoopbackHub:
         self.lock = threading.RLock()
 
     def __enter__(self) -> "LoopbackHub":
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        server = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 128})  # 5 would make a crowd wait
+        self._server = server(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self

@@ -239,7 +239,7 @@ def test_asking_for_no_checkpointing_by_either_name_is_heard():
 
 def test_help_lists_every_key():
     shown = subprocess.run(
-        [sys.executable, "run_pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "run_pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert shown.returncode == 0
     for cls in CLASSES:
@@ -266,7 +266,7 @@ def test_a_lock_that_a_killed_build_left_is_removed_and_a_working_one_s_is_not(t
     monkeypatch.setattr(ds_configs, "LOCK_SECONDS", 0.2)
     assert "builds its extension" in ds_configs.say_if_unbuilt(True)
     directory = tmp_path / ds_configs.EXTENSION
-    builder = subprocess.Popen(["sleep", "60"], cwd=directory)
+    builder = subprocess.Popen(["sleep", "600"], cwd=directory)
     (directory / "lock").touch()
     ds_configs.say_if_unbuilt(True)
     assert (directory / "lock").exists()  # torch waits for this one, and rightly

@@ -356,7 +356,7 @@ def test_a_port_that_is_taken_is_named(places, tmp_path):
         launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCH_CPP_LOG_LEVEL": "ERROR"} | there
         words = [*TINY, f"data_files={places['corpus']}", f"output_dir={tmp_path / 'out'}"]
         command = [sys.executable, "run_pretrain.py", *words]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | launched, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | launched, capture_output=True, text=True, timeout=900)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"MASTER_ADDR:MASTER_PORT = 127.0.0.1:{there['MASTER_PORT']}: the ranks cannot meet there" in done.stderr
 
@@ -423,7 +423,7 @@ def test_a_run_whose_output_nobody_reads_any_more_goes_on_to_its_end(places, tmp
         assert process.stdout.readline()
         process.stdout.close()
         process.stderr.close()
-        assert process.wait(300) == 0
+        assert process.wait(900) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -317,7 +317,7 @@ import sys, time
 from training import lock
 lock.take(sys.argv[1])
 print("held", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -383,7 +383,7 @@ def test_a_spot_notice_is_heard_and_nothing_else_is(metadata, imdsv2, monkeypatc
     metadata.imdsv2, metadata.script = imdsv2, [404, 500, "hang", 404, 200]
     heard = []
     spot.watch(metadata.url, heard.append, poll_seconds=0.05)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while not heard and time.monotonic() < until:
         time.sleep(0.05)
     assert heard == ["the cloud's notice that it takes this machine back"] and len(metadata.polls) >= 5
@@ -464,23 +464,14 @@ def test_a_shared_buffer_that_a_killed_run_has_left_is_removed_and_one_that_rank
             path.unlink(missing_ok=True)
 
 
-@pytest.fixture
-def handlers():
-    """What a test does to the handlers of signals is undone."""
-    before = {number: signal.getsignal(number) for number in guards.SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def test_a_second_signal_of_another_kind_changes_nothing(tmp_path, handlers):
+def test_a_second_signal_of_another_kind_changes_nothing(tmp_path):
     stop = guards.StopTogether(tmp_path)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(os.getpid(), number)
     assert stop.heard == "SIGTERM"
 
 
-def test_a_stop_in_the_evaluation_that_is_made_up_takes_no_step(tmp_path, handlers):
+def test_a_stop_in_the_evaluation_that_is_made_up_takes_no_step(tmp_path):
     """Or the checkpoint of that step would owe an evaluation of another."""
     held_out = {"eval_rows": rows(6), "per_device_eval_batch_size": 1, "save_steps": 2, "save_strategy": "steps"}
     trainer(tmp_path, **held_out).train()

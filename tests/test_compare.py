@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 import torch
-from browser import opened, widest
+from browser import opened, until, widest
 from sacrebleu import sentence_bleu
 from test_perplexity import DOCUMENTS, byte_tokenizer, make_model
 from transformers import set_seed
@@ -183,6 +183,7 @@ def test_a_page_that_asks_for_something_is_refused_it_by_its_own_policy(tmp_path
     text = page.html("A page", [("text", "words")]).replace("words", '<img src="http://127.0.0.1:9/x.png">')
     file.write_text(text)
     with opened(file) as shown:
+        until(lambda: shown.errors, shown)
         assert any("Content Security Policy" in error and "127.0.0.1:9" in error for error in shown.errors)
 
 

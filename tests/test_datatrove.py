@@ -107,7 +107,7 @@ def test_a_killed_task_goes_on_and_the_set_is_the_same_byte_for_byte(here, packe
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     killed = subprocess.Popen([sys.executable, "pipeline.py", "again", "die"], cwd=here, env=environment, **silent)
-    assert killed.wait(timeout=300) == -signal.SIGKILL
+    assert killed.wait(timeout=900) == -signal.SIGKILL
     os.killpg(killed.pid, signal.SIGKILL)  # datatrove's manager process outlives it
     partial = here / ".again.partial"
     before = {path.name: path.stat().st_mtime_ns for path in partial.glob("shard-*.json")}

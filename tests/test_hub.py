@@ -374,11 +374,11 @@ def test_a_killed_upload_leaves_nothing_mixed_and_a_rerun_finishes_it(hub, launc
     hub.faults.clear()
     hub.objects.clear()
     before = hub.count("PUT", "/lfs/")
-    hub.fail("POST", f"/models/{name}/commit/{held_back}", status=503, Retry_After=200)  # it waits; then it is killed
+    hub.fail("POST", f"/models/{name}/commit/{held_back}", status=503, Retry_After=300)  # it waits; then it is killed
     command = [sys.executable, PUBLISH[1], run, "--repo", name, *LICENSE, "--unscored", "--checkpoints"]
     environment = hub.environment(tmp_path / "hf")
     process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while any(fault.times for fault in hub.faults) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

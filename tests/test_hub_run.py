@@ -159,14 +159,14 @@ def is_sending(out):
 @pytest.mark.slow
 def test_training_goes_on_past_an_upload_that_stands_still_and_a_signal_ends_both(hub, launch, small_words, tmp_path):
     hub.faults.clear()
-    hub.fail("POST", "/models/user/still/commit/", status=503, times=10**6, Retry_After=250)
+    hub.fail("POST", "/models/user/still/commit/", status=503, times=10**6, Retry_After=300)
     words = [*small_words, *WORDS, "hub_model_id=user/still", "max_steps=100000", "save_steps=5", "save_total_limit=2"]
     out, environment = tmp_path / "out", hub.environment(tmp_path / "hf")
     command = [sys.executable, "run_pretrain.py", *words, "warmup_steps=3", f"output_dir={out}"]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True, stdout=subprocess.PIPE)
 
     def reached(condition):
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not condition():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
@@ -179,9 +179,9 @@ def test_training_goes_on_past_an_upload_that_stands_still_and_a_signal_ends_bot
     at = step()
     reached(lambda: step() >= at + 20 and not (out / "checkpoint-5").exists())
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=300)[0]
+    said = process.communicate(timeout=600)[0]
     assert process.returncode == 75 and "not uploaded yet: " in said
-    deadline = time.monotonic() + 100  # the upload would stand still for 250 s
+    deadline = time.monotonic() + 200  # the upload would stand still for 300 s
     while is_sending(out):
         assert time.monotonic() < deadline
         time.sleep(0.1)

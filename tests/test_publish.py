@@ -11,7 +11,7 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, note_waits
 from datasets import load_from_disk
 from huggingface_hub import constants
 
@@ -19,7 +19,6 @@ from smolpretrain.data.command import main
 from smolpretrain.data.dataset_card import _size_category, make_card
 from smolpretrain.data.manifest import Manifest
 from smolpretrain.data.prepare import load_blocks
-from smolpretrain.hub import connection
 
 PREPARE = ("python", ROOT / "data" / "prepare.py")
 KEYS = ("vocab_size=400", "block_size=64", "validation_fraction=0.1")
@@ -187,7 +186,7 @@ def test_what_the_hub_would_refuse_is_said_before_anything_is_prepared(
 
 
 def test_offline_is_said_and_a_licence_is_not_judged_by_a_hub_that_does_not_answer(here, capsys, monkeypatch):
-    monkeypatch.setattr(connection.time, "sleep", lambda seconds: None)
+    note_waits(monkeypatch, [])
     here.fail("POST", "/validate-yaml", times=99)
     error = refusal(capsys, "prepared_dir=set", "--push_to_hub=user/new", "--license=mit")
     assert "error: --license mit: the Hub could not be reached (" in error and "does not take it" not in error
@@ -240,7 +239,7 @@ def test_what_breaks_in_xet_is_one_sentence_too(here, published, capsys, monkeyp
 
 def test_what_passes_is_waited_for_and_what_stays_is_given_up(here, published, capsys, monkeypatch):
     waits = []
-    monkeypatch.setattr(connection.time, "sleep", waits.append)
+    note_waits(monkeypatch, waits)
     here.fail("POST", "/commit/", status=503, times=99)
     error = refusal(capsys, "prepared_dir=set", "--push_to_hub=user/slow", status=6)
     assert "the Hub answered 503; try again later." in error and waits == [1, 2, 4, 8]
@@ -275,7 +274,7 @@ def test_a_killed_upload_leaves_no_half_set_and_goes_on_when_it_is_run_again(hub
     before = len(hub.requests)
     command = [sys.executable, PREPARE[1], "prepared_dir=set", "--push_to_hub", "user/killed"]
     process = subprocess.Popen(command, cwd=home, env=os.environ | hub.environment(home / "hf"))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while len(hub.objects) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

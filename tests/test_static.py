@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from browser import opened, widest
+from browser import PATIENCE, opened, until, widest
 from conftest import ROOT, SECRETS
 from huggingface_hub import RepoCard
 
@@ -142,6 +142,7 @@ def test_dark_and_light_can_both_be_read(page, scheme):
 def test_without_scripts_the_first_pair_and_all_samples_stand_there(page):
     with opened(page) as shown:
         plain = shown.context.browser.new_context(java_script_enabled=False).new_page()
+        plain.set_default_timeout(1000 * PATIENCE)
         plain.goto(page.as_uri())
         assert plain.locator(".choose").is_hidden() and "step 6" in plain.locator("#left-pane h3").text_content()
         assert plain.locator("details").count() == 2 and plain.locator("details .sample").count() >= 20
@@ -169,6 +170,7 @@ def test_nothing_that_was_recorded_is_markup_and_the_policy_would_stop_it(run, h
         shown.keyboard.press("ArrowDown")
         assert shown.title() == "run" and shown.locator(".pane img").count() == 0
         assert words(shown, "left")[3] == HOSTILE and hub.count("GET", "/a-") == 0
+        until(lambda: len(shown.errors) >= 4, shown)
         assert len(shown.errors) == 4, "what was put into the report"
         assert all("Content Security Policy" in error for error in shown.errors), shown.errors
     (run / "samples.jsonl").unlink()

@@ -8,9 +8,10 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import BIN, ROOT, free_port
+from conftest import BIN, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ports import free_port
 from safetensors.torch import load_file
 from test_mixing import entries, write_source
 from test_prepare import TEXTS, TOKENIZER
@@ -220,10 +221,10 @@ def test_killed_and_started_again_a_run_from_a_stream_ends_bit_identical(corpus_
             )  # fmt: skip
 
     kill = {"point": "step", "at": 10, "do": "kill all", "fired": str(tmp_path / "fired")}
-    assert start(tmp_path / "alone", "run_pretrain.py").wait(600) == 0, (tmp_path / "alone.log").read_text()[-3000:]
-    assert start(tmp_path / "killed", "tests/faults.py", json.dumps(kill)).wait(600) == -signal.SIGKILL
+    assert start(tmp_path / "alone", "run_pretrain.py").wait(900) == 0, (tmp_path / "alone.log").read_text()[-3000:]
+    assert start(tmp_path / "killed", "tests/faults.py", f"fault={json.dumps(kill)}").wait(900) == -signal.SIGKILL
     assert max(losses(tmp_path / "killed")) < 24 and (tmp_path / "fired").exists()
-    again = start(tmp_path / "killed", "run_pretrain.py").wait(600)
+    again = start(tmp_path / "killed", "run_pretrain.py").wait(900)
     assert again == 0, (tmp_path / "killed.log").read_text()[-3000:]
     assert "going on from" in (tmp_path / "killed.log").read_text()
     assert losses(tmp_path / "alone") == losses(tmp_path / "killed") and len(losses(tmp_path / "alone")) == 24

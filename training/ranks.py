@@ -13,6 +13,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch.distributed as dist
 from transformers import TrainerCallback
 
@@ -105,9 +106,6 @@ def one_error(rank, world_size, where, asked_to_stop):
         where: Callable; the place of the story, as "at step 7".
         asked_to_stop: Callable; a rank that was, and then loses another, is no failure of its own.
     """
-    if rank == 0 and world_size > 1:
-        with contextlib.suppress(OSError):
-            _told().unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
@@ -151,7 +149,12 @@ def _silent_ranks(rank, world_size):
 
 
 def _told():
-    return Path(tempfile.gettempdir(), f"smolpretrain-told-{os.getppid()}")  # the ranks of a machine share a parent
+    """A file of one launch on one machine: its ranks share a parent, which may start them again (torchrun)."""
+    parent, begun = os.getppid(), 0
+    with contextlib.suppress(psutil.Error):
+        begun = round(psutil.Process(parent).create_time())  # its pid may have been another launcher's
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    return Path(tempfile.gettempdir(), f"smolpretrain-told-{parent}-{begun}-{os.environ.get('MASTER_PORT')}-{again}")
 
 
 def _first_status(rank, lost, status):
@@ -170,10 +173,13 @@ def _first_status(rank, lost, status):
 
 def _tell_by_file(mine, may):
     """What this machine's ranks have told: `mine`, where nothing was told and this one may."""
+    told, draft = _told(), _told().with_name(f"smolpretrain-tells-{os.getpid()}")
     try:
-        with open(_told(), "x" if may else "r", encoding="utf-8") as file:
-            return mine if may and file.write(mine) else file.read()
-    except FileExistsError:
-        return _told().read_text()
+        if may:
+            draft.write_text(mine)
+            with contextlib.suppress(FileExistsError):
+                os.link(draft, told)  # there at once with what it says: the others may be reading
+            draft.unlink()
+        return told.read_text()
     except OSError:
         return mine if may else ""
