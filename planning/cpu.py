@@ -1,9 +1,10 @@
-"""What share of its peak this CPU reaches with a model: the parts of a step, measured at the model's own shapes.
+"""What share of its peak this CPU reaches with a model: a step's parts, timed at the model's own shapes.
 
 A small model's step is not bound by matrix products, so one share for all sizes would be wrong by a factor of three
-(benchmarks/plan_time.py): attention, the loss and the norms have rates of their own, and the products' depend on
-their shapes. One thread measures, in seconds of the CPU: shares are wanted, not rates, and on the clock of the wall
-several threads stall each other for tenths of a second where other programs want the same cores.
+(benchmarks/plan_time.py). A real model of one layer and one of two are trained for a moment: their difference is a
+layer, what is left of the first is what surrounds the layers (embedding, mask, rotary tables). One thread measures, in
+seconds of the CPU: shares are wanted, not rates, and on the clock of the wall several threads stall each other for
+tenths of a second where other programs want the same cores.
 """
 
 import contextlib
@@ -11,12 +12,13 @@ import time
 
 from . import counting, hardware
 
-ENOUGH, CALLS = 0.04, 5  # seconds of repetitions for a part, and the fewest of them on a busy machine
-PRODUCTS, LOGITS = 2**32, 2**24  # at one time: 3 ms at 2.6 TFLOPS; 64 MiB, which glibc maps anew as it does a chunk
-# A real step over the sum of its parts: rotary embeddings, casts, residuals, dispatch and Trainer are in no part.
-# Lowest, taken by default, highest: 1.37 to 1.59 from 1M to 44M parameters, one thread of an Intel Xeon with AMX
+ENOUGH, CALLS = 0.1, 5  # seconds of repetitions for a part, and the fewest of them on a busy machine
+LAYER, LOGITS = 2**38, 2**24  # FLOPs at one time: 0.2 s at 1.3 TFLOPS; 64 MiB, which glibc maps anew as it does a chunk
+VOCABULARY = 1024  # of the timed models: the head and its loss are timed apart
+# A real step over the sum of its parts: loading rows, dispatch, the loss's summing, Trainer and its callbacks are in
+# none. Lowest, taken by default, highest: 0.96 to 1.16 from 1M to 44M parameters, one thread of an Intel Xeon with AMX
 # (benchmarks/plan_time.py).
-OVERHEAD = (1.3, 1.5, 1.7)
+OVERHEAD = (0.95, 1.05, 1.2)
 
 
 def utilization(config, setup):
@@ -34,19 +36,22 @@ def utilization(config, setup):
 
 def of_parts(config, setup):
     """Utilization of a step that has nothing but its parts."""
-    with _one_thread():
+    with _no_trace():
         work = counting.flops_per_token(config, setup.block_size) * _tokens(setup)
         return work / hardware.product_rate(0.1, time.process_time) / sum(parts(config, setup).values())
 
 
 @contextlib.contextmanager
-def _one_thread():
+def _no_trace():
+    """One thread; threads and random numbers are given back as they were: a run has seeded them."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
     finally:
         torch.set_num_threads(threads)
 
@@ -60,23 +65,43 @@ def parts(config, setup):
     import torch
 
     dtype = torch.bfloat16 if setup.bf16 else torch.float32
-    layers, (heads, _, size) = config["num_hidden_layers"], counting.heads_of(config)
-    tokens, hidden = _tokens(setup), config["hidden_size"]
-    forwards = 2 if setup.checkpointing else 1
-    _, used, _, _ = counting.experts_of(config)
-    found = {"products": 0.0}
-    for tensor in counting.weights(config):
-        if len(tensor.shape) > 1 and tensor.part not in ("embedding", "head"):
-            each = used if tensor.part == "experts" else 1  # [experts, out, in]: a token passes through `used` of them
-            found["products"] += each * tensor.count * _products(torch, dtype, tokens, tensor.shape[-2:], forwards)
-    inner = config["intermediate_size"] * max(1, used)
-    return found | {
-        "attention": layers * setup.micro_batch * _attention(torch, dtype, heads, setup.block_size, size, forwards),
-        "loss": _loss(torch, dtype, tokens, hidden, config["vocab_size"], setup.loss == "plain"),
-        "norms": (2 * layers * (1 + forwards) / 2 + 1) * _norm(torch, tokens, hidden),
-        "activation": layers * (1 + forwards) / 2 * _activation(torch, dtype, tokens, inner),
+    tokens, rows = _tokens(setup), setup.micro_batch
+    layer = counting.flops_per_token(config, setup.block_size) / config["num_hidden_layers"]  # with the head: an excess
+    block = max(1, min(setup.block_size, int(LAYER / layer)))
+    rows = max(1, min(setup.micro_batch, int(LAYER / layer / block)))
+    one, two = (_best(_layers(torch, config, setup, number, rows, block)) for number in (1, 2))
+    share = tokens / (rows * block)
+    return {
+        "layers": config["num_hidden_layers"] * share * max(0.0, two - one),
+        "around": share * max(0.0, 2 * one - two),
+        "loss": _loss(torch, dtype, tokens, config["hidden_size"], config["vocab_size"], setup.loss == "plain"),
         "optimizer": _optimizer(torch, counting.count(config).total) / setup.accumulation,
     }
+
+
+def _layers(torch, config, setup, layers, rows, block):
+    """What trains a model of so many layers, its head left out, on `rows` packed rows of `block` tokens."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {name: value for name, value in config.items() if name != "layer_types"}  # it has an entry a layer
+    made = AutoConfig.for_model(**fields | {"num_hidden_layers": layers, "vocab_size": VOCABULARY, "use_cache": False})
+    made._attn_implementation = "eager" if setup.attention == "eager" else "sdpa"
+    network = AutoModelForCausalLM._model_mapping[type(made)](made).train()  # not shared out under ZeRO-3
+    if setup.checkpointing:
+        network.activation_checkpointing_enable()
+    if setup.bf16 and setup.stage is not None:
+        network.bfloat16()  # DeepSpeed's weights; Trainer alone casts float32 ones
+    autocast = setup.bf16 and setup.stage is None
+    ids = torch.arange(rows * block).view(rows, block) % VOCABULARY
+    positions = torch.arange(block).expand(rows, block) % max(1, block // 2)  # two documents a row
+    positions = {"position_ids": positions} if setup.packed else {}
+
+    def train():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            hidden = network.base_model(input_ids=ids, **positions).last_hidden_state
+        hidden.backward(torch.ones_like(hidden))
+
+    return train
 
 
 def _best(work):
@@ -88,28 +113,6 @@ def _best(work):
         work()
         seconds.append(time.process_time() - start)
     return min(seconds)
-
-
-def _products(torch, dtype, tokens, shape, forwards):
-    """A linear layer's output, and the gradients of its input and its weight."""
-    few = max(1, min(tokens, PRODUCTS // (shape[0] * shape[1])))
-    weight = torch.randn(shape, dtype=dtype)
-    rows, grads = torch.randn(few, shape[1], dtype=dtype), torch.randn(few, shape[0], dtype=dtype)
-    forward, inputs = _best(lambda: rows @ weight.T), _best(lambda: grads @ weight)
-    return tokens / few * (forwards * forward + inputs + _best(lambda: grads.T @ rows))
-
-
-def _attention(torch, dtype, heads, block, size, forwards):
-    """One row, under a mask, as packed rows have it."""
-    shape = (1, heads, block, size)
-    query, key, value = (torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(3))
-    mask, grad = torch.ones(1, 1, block, block, dtype=torch.bool).tril(), torch.ones(shape, dtype=dtype)
-
-    def forward():
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-    both = _best(lambda: forward().backward(grad))
-    return both + (_best(forward) if forwards > 1 else 0)
 
 
 def _loss(torch, dtype, tokens, hidden, vocabulary, plain):
@@ -133,20 +136,15 @@ def _loss(torch, dtype, tokens, hidden, vocabulary, plain):
     return tokens / few * _best(own if plain else in_a_chunk)
 
 
-def _norm(torch, tokens, hidden):
-    rows, weight = torch.randn(tokens, hidden).requires_grad_(), torch.ones(hidden).requires_grad_()
-    grad = torch.ones(tokens, hidden)
-    return _best(lambda: (weight * (rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1e-5))).backward(grad))
-
-
-def _activation(torch, dtype, tokens, inner):
-    gate, up = (torch.randn(tokens, inner, dtype=dtype).requires_grad_() for _ in range(2))
-    grad = torch.ones(tokens, inner, dtype=dtype)
-    return _best(lambda: (torch.nn.functional.silu(gate) * up).backward(grad))
-
-
 def _optimizer(torch, parameters):
+    """The update with what Trainer does around it: clipping, and gradients that are made anew."""
     few = min(parameters, LOGITS // 4)
     weight = torch.nn.Parameter(torch.zeros(few))
-    weight.grad = torch.zeros(few)
-    return parameters / few * _best(torch.optim.AdamW([weight], fused=True).step)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+
+    def update():
+        weight.grad = torch.zeros(few)
+        torch.nn.utils.clip_grad_norm_([weight], 1.0)
+        optimizer.step()
+
+    return parameters / few * _best(update)

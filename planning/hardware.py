@@ -86,7 +86,7 @@ MFU = {
     "A100": (0.35, 0.50, 0.64, f"{_FOUNDRY}, MPT-125M to 7B: 0.44 to 0.64; TinyLlama-1.1B: 0.56; Pythia-1B: 0.35"),
     "H100": (0.29, 0.40, 0.46, f"{_FOUNDRY}, MPT-760M to 7B: 0.35 to 0.46; {_SMOLLM3}"),
     "H200": (0.29, 0.40, 0.46, "the H100's: the same cores"),
-    "cpu": (0.10, 0.20, 0.29, "benchmarks/plan_time.py, 1M to 44M parameters on an Intel Xeon with AMX"),
+    "cpu": (0.09, 0.18, 0.28, "benchmarks/plan_time.py, 1M to 44M parameters on an Intel Xeon with AMX"),
     "": (0.29, 0.40, 0.64, "no published run on this card was found: between the H100's lowest and the A100's highest"),
 }
 

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 
 import pytest
 import torch
@@ -473,23 +473,33 @@ def test_the_ranks_of_a_machine_share_its_memory_and_its_cores():
     assert hardware.shared(one, 2).peak_flops == one.peak_flops / 2
 
 
-def test_the_parts_of_a_cpu_s_step_are_counted_and_the_threads_given_back(monkeypatch):
-    monkeypatch.setattr(cpu, "_best", lambda work: 1.0)  # a second a call: what is left is how often each is done
+def timed_layers(monkeypatch, config, **changes):
+    """cpu.parts where n layers take n + 1/4 seconds for each 512 tokens, and any other call one second."""
+    monkeypatch.setattr(
+        cpu, "_layers", lambda torch, config, setup, layers, *size: math.prod(size) / 512 * (layers + 0.25)
+    )
+    monkeypatch.setattr(cpu, "_best", lambda work: 1.0 if callable(work) else work)
+    given = {"block_size": 512, "micro_batch": 4, "accumulation": 2, "stage": None, "checkpointing": False} | changes
+    return cpu.parts(config, memory.Setup(config, **given))
+
+
+def test_the_parts_of_a_cpu_s_step_are_counted(monkeypatch):
     config = counting.load_config("smollm2-1m")
-    setup = memory.Setup(config, 512, micro_batch=4, accumulation=2, stage=None, checkpointing=False)
-    found, again = cpu.parts(config, setup), cpu.parts(config, replace(setup, checkpointing=True))
-    layers = config["num_hidden_layers"]
-    assert found["products"] == 7 * layers * 3 and again["products"] == 7 * layers * 4  # q, k, v, o, gate, up, down
-    assert found["attention"] == layers * 4 and again["attention"] == layers * 4 * 2  # a row at a time
-    assert found["norms"] == 2 * layers + 1 and again["norms"] == 3 * layers + 1
-    assert found["optimizer"] == 1 / 2
-    mixture = small("olmoe", num_experts=8, num_experts_per_tok=2).to_dict()
-    assert cpu.parts(mixture, replace(setup, config=mixture))["products"] == MORE["num_hidden_layers"] * 3 * (
-        4 + 1 + 2 * 2
-    )  # attention, router, and two products of each of two experts
-    threads = torch.get_num_threads()
+    found = timed_layers(monkeypatch, config)
+    assert found == {"layers": 4 * config["num_hidden_layers"], "around": 4 * 0.25, "loss": 1.0, "optimizer": 1 / 2}
+    monkeypatch.setattr(cpu, "LAYER", cpu.LAYER // 2**10)  # too much for one time: a row, then a part of one
+    assert timed_layers(monkeypatch, config)["layers"] == found["layers"], "the tokens it had not the time for"
+
+
+@pytest.mark.parametrize("kind", ["llama", "olmoe", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_cpu_s_step_is_timed_on_the_real_model_and_leaves_no_trace(kind, checkpointing):
+    config = small(kind).to_dict()
+    setup = memory.Setup(config, 64, micro_batch=2, accumulation=1, stage=None, checkpointing=checkpointing)
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
     low, middle, high, source = cpu.utilization(config, setup)
-    assert low < middle < high and "by the parts of a step" in source and torch.get_num_threads() == threads
+    assert 0 < low < middle < high and "by the parts of a step" in source
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
 
 
 def test_small_tensors_keep_32_bit_state_as_bitsandbytes_has_it():
