@@ -4,9 +4,10 @@
 
 Each size trains through run_pretrain.py (no DeepSpeed, fused AdamW, bf16 autocast) in a process of its own; the first
 four steps are left out. The plan measures the matrix product, and which share of it the parts of a step reach: layers,
-what surrounds them, loss, optimizer, each at the model's shapes (planning/cpu.py). How much longer a step of the first size took than its parts is what the plan is given
-for the others; the last column is what the utilization (MFU) of the first size alone would have said.
-With OMP_NUM_THREADS=1 the seconds are the CPU's, which other programs on the machine lengthen little.
+what surrounds them, loss, optimizer, each at the model's shapes (planning/cpu.py). How much longer a step of the first
+size took than its parts is what the plan is given for the others; the last column is what the utilization (MFU) of the
+first size alone would have said. With OMP_NUM_THREADS=1 the seconds are the CPU's, which other programs on the machine
+lengthen little.
 """
 
 import argparse
