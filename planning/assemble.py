@@ -89,7 +89,21 @@ def set_up(config, values, deepspeed, ranks, cuda):
         loss="liger" if values.get("use_liger_kernel") else "plain" if plain else "chunked",
         chunk=chunk or None,
         cuda=cuda,
+        gradient_bytes=gradient_bytes(values, deepspeed),
+        all_reduce=zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True),
+        reuse=int(zero.get("stage3_max_reuse_distance", 10**9)),
     )
+
+
+def gradient_bytes(values, deepspeed):
+    """Of a gradient between ranks: float32 under DDP, under ZeRO the compute dtype, unless either says otherwise.
+
+    PowerSGD counts as what it sends in its first tenth.
+    """
+    asked = values.get("gradient_compression", "none")
+    computed = "bf16" if deepspeed is not None and values["bf16"] else "fp32"
+    sent = (deepspeed or {}).get("communication_data_type") or (computed if asked == "none" else asked)
+    return 2 if sent.lower() in ("bf16", "fp16") else 4
 
 
 def checkpoints(values):
@@ -240,7 +254,7 @@ def _time(plan, flops, setup, device, utilization, nodes, network, price):
         setup.ranks,
         utilization,
         nodes=nodes,
-        sent=cost.traffic(plan["model"]["total"], setup.stage, setup.accumulation, setup.ranks),
+        sent=cost.traffic(setup, plan["model"]["total"], setup.ranks),
         network=network,
     )
     return found | cost.money_and_energy(found["hours"], setup.ranks, device, price)

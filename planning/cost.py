@@ -1,27 +1,52 @@
 """Hours, money, energy and the network's share, from FLOPs and a device's data sheet."""
 
 import math
+from typing import NamedTuple
 
 from . import hardware
 
 NETWORK = 100e9 / 8  # bytes a second and machine where nothing is said: 100 Gbit/s
 
 
-def traffic(total_parameters, stage, accumulation, ranks):
+class Traffic(NamedTuple):
     """Bytes a rank sends in a step.
 
-    Gradients are reduced and parameters gathered once a step, 2 x 2 bytes a parameter; ZeRO-2 reduces after every
-    forward and backward, and ZeRO-3 gathers for each forward and each backward as well. Source: Rajbhandari et al.
-    2020 (arXiv 1910.02054), section 7.
+    Attributes:
+        behind: What may go while the rank computes: nothing where DeepSpeed runs on CPUs, or without overlap_comm.
+        after: What the next step waits for.
+    """
+
+    behind: float = 0.0
+    after: float = 0.0
+
+
+def traffic(setup, total_parameters, ranks):
+    """What rings send: (n - 1) / n of a tensor to reduce it or to gather it, twice as much to do both.
+
+    DDP all-reduces gradients once a step. DeepSpeed's ZeRO-1 does once, ZeRO-2 after every micro-batch, and both gather
+    the new weights after the step: 3 or more times the parameters, where the paper (arXiv 1910.02054, section 7) has 2,
+    since 0.19.8 all-reduces unless use_multi_rank_bucket_allreduce is false. ZeRO-3 reduces for every micro-batch and
+    gathers for its forward, and for its backward what lies further off than stage3_max_reuse_distance. On gloo reducing
+    to the owner costs more: it sums in a ring and then collects, and its reduce-scatter is an all-reduce (torch 2.13).
+
+    Args:
+        setup: memory.Setup of the run; its ranks are not looked at.
     """
     if ranks == 1:
-        return 0.0
-    share, bf16 = (ranks - 1) / ranks, 2 * total_parameters
-    if stage is None:
-        return 2 * 2 * bf16 * share  # DDP reduces float32 gradients to all
-    if stage == 3:
-        return 3 * accumulation * bf16 * share
-    return ((accumulation if stage == 2 else 1) + 1) * bf16 * share
+        return Traffic()
+    tensor = total_parameters * (ranks - 1) / ranks
+    gradients, weights = tensor * setup.gradient_bytes, tensor * (2 if setup.bf16 else 4)
+    if setup.stage is None:
+        return Traffic(behind=2 * gradients)
+    if setup.stage == 3:
+        again = max(0.0, 1 - setup.reuse / 2 / total_parameters)  # of the weights: a layer's backward is twice as far
+        sent = setup.accumulation * (gradients * (1 if setup.cuda else 2) + weights * (1 + again))
+        return Traffic(behind=sent) if setup.cuda and setup.overlap else Traffic(after=sent)
+    to_owner = 1 if setup.cuda else 1 + 1 / ranks
+    reduced = gradients * (2 if setup.all_reduce else to_owner) * (setup.accumulation if setup.stage == 2 else 1)
+    if setup.cuda and setup.overlap:
+        return Traffic(behind=reduced, after=weights)
+    return Traffic(after=reduced + weights)
 
 
 def published_mfu(device, flops, checkpointing):
@@ -39,14 +64,14 @@ def published_mfu(device, flops, checkpointing):
     return low * work, middle * work, high * work, source
 
 
-def estimate(flops, tokens_a_step, steps, device, ranks, utilization, *, nodes=1, sent=0.0, network=None):
+def estimate(flops, tokens_a_step, steps, device, ranks, utilization, *, nodes=1, sent=None, network=None):
     """How long a run takes at a fraction of the peak.
 
     Args:
         flops: counting.Flops of one token.
         device: hardware.Device.
         utilization: (lowest, taken, highest, source) of the model FLOPs utilization.
-        sent: Bytes a rank sends in a step, see `traffic`.
+        sent: Traffic of a rank; what may hide behind the computing is taken to.
         network: Bytes a second that a machine sends to others, None is NETWORK. All its ranks' rings pass it once,
             however many they are (NCCL's bus bandwidth: github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md).
 
@@ -60,16 +85,16 @@ def estimate(flops, tokens_a_step, steps, device, ranks, utilization, *, nodes=1
     if not device.peak_flops:
         return found
     speed = device.link if nodes == 1 else min(network or NETWORK, device.link or math.inf)
-    sending = sent / speed if speed and ranks > 1 else 0.0
-    seconds = {
-        fraction: max(tokens_a_step * flops.model / (ranks * device.peak_flops * fraction), sending)
-        for fraction in (low, mfu, high)
+    behind, after = (part / speed if speed else 0.0 for part in sent or Traffic())
+    computing = {
+        fraction: tokens_a_step * flops.model / (ranks * device.peak_flops * fraction) for fraction in (low, mfu, high)
     }
+    seconds = {fraction: max(each, behind) + after for fraction, each in computing.items()}
     found |= {
         "tokens_per_second": tokens_a_step / seconds[mfu],
         "seconds_a_step": seconds[mfu],
-        "network_seconds_a_step": sending,
-        "limited_by": "network" if seconds[mfu] == sending and sending else "compute",
+        "network_seconds_a_step": behind + after,
+        "limited_by": "network" if behind + after > computing[mfu] else "compute",
     }
     if not steps:
         return found

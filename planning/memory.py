@@ -32,7 +32,7 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides the memory of a rank.
+    """What decides the memory of a rank, and what it sends.
 
     Attributes:
         config: The model's config as a dict.
@@ -45,7 +45,10 @@ class Setup:
         attention: sdpa, eager or flash_attention_2.
         packed: Whether attention stays inside a document, which costs sdpa and eager a mask.
         loss: plain, chunked or liger; chunk: tokens of a chunk.
-        cuda: A GPU's allocator holds whole buffers; a CPU holds the pages that were written.
+        cuda: A GPU's allocator holds whole buffers; a CPU holds the pages that were written. It also says NCCL or gloo.
+        gradient_bytes: Of a gradient on the wire.
+        all_reduce: Whether ZeRO-1 and -2 reduce every gradient to all ranks, as DeepSpeed does unless told otherwise.
+        reuse: Parameters ahead within which ZeRO-3 keeps what it has gathered.
     """
 
     config: dict
@@ -66,6 +69,9 @@ class Setup:
     loss: str = "chunked"
     chunk: int | None = None
     cuda: bool = True
+    gradient_bytes: int = 2
+    all_reduce: bool = True
+    reuse: int = 10**9
 
 
 def groups(setup):

@@ -17,8 +17,8 @@ def scale(setup, device, utilization, ranks_a_node, network=None):
 
     Returns:
         [{nodes, ranks, tokens_a_step, sent_bytes, sending_seconds, computing_seconds, tokens_per_second: [least, most],
-        efficiency: [least, most]}]: least where sending waits for computing, most where it hides behind it. DeepSpeed
-        with overlap_comm lies between. Efficiency is against one machine that computes only.
+        efficiency: [least, most]}]: least where all sending waits for computing, most where what may hide behind it
+        does: cost.Traffic. Efficiency is against one machine that computes only.
 
     Raises:
         ValueError: The device's peak is unknown.
@@ -30,18 +30,18 @@ def scale(setup, device, utilization, ranks_a_node, network=None):
     rows = []
     for nodes in NODES:
         ranks = nodes * ranks_a_node
-        sent = cost.traffic(total, setup.stage, setup.accumulation, ranks)
+        sent = cost.traffic(setup, total, ranks)
         found = cost.estimate(
             flops, mine * ranks, None, device, ranks, utilization, nodes=nodes, sent=sent, network=network
         )
         computing, sending = mine * flops.model / (device.peak_flops * utilization[1]), found["network_seconds_a_step"]
-        seconds = computing + sending, max(computing, sending)
+        seconds = computing + sending, found["seconds_a_step"]
         rows.append(
             {
                 "nodes": nodes,
                 "ranks": ranks,
                 "tokens_a_step": mine * ranks,
-                "sent_bytes": sent,
+                "sent_bytes": sum(sent),
                 "sending_seconds": sending,
                 "computing_seconds": computing,
                 "tokens_per_second": [mine * ranks / each for each in seconds],

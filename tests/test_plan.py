@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from smolpretrain import plan as plan_command
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 from smolpretrain.command_line import parse_args
-from smolpretrain.planning import assemble, contradictions, counting, cpu, hardware, laws, memory, start
+from smolpretrain.planning import assemble, contradictions, cost, counting, cpu, hardware, laws, memory, start
 from smolpretrain.planning import nodes as machines
 from smolpretrain.training.model import BUILT_IN, load_config
 
@@ -331,12 +331,45 @@ def test_time_is_flops_over_peak_and_money_and_energy_follow():
 def test_a_slow_network_sets_the_pace():
     words = ["gpu=H100-SXM", "gpus=16", "nodes=2", "max_steps=1000", "mfu=0.5"]
     slow = planned(*words, "network_gbit_per_second=1")["time"]
-    sent = 2 * 2 * counting.count(counting.load_config("smollm2-135m")).total * 15 / 16
+    sent = 3 * 2 * counting.count(counting.load_config("smollm2-135m")).total * 15 / 16
     assert slow["limited_by"] == "network"
     assert slow["seconds_a_step"] == pytest.approx(sent / (1e9 / 8), rel=1e-6)
     fast = planned(*words, "network_gbit_per_second=100000")["time"]
     assert fast["limited_by"] == "compute"
     assert fast["network_seconds_a_step"] == pytest.approx(sent / 450e9)  # NVLink's, which its machines are built on
+    computing = (
+        fast["seconds_a_step"] - sent / 3 / 450e9
+    )  # gradients go behind the backward, new weights after the step
+    words += ["network_gbit_per_second=10"]
+    config, gathered = json.loads((ROOT / "ds_configs" / "zero2.json").read_text()), sent / 3 / (10e9 / 8)
+    assert planned(*words)["time"]["seconds_a_step"] == pytest.approx(max(computing, 2 * gathered) + gathered)
+    config["zero_optimization"]["overlap_comm"] = False
+    waits = planned(*words, f"deepspeed={json.dumps(config)}")["time"]["seconds_a_step"]
+    assert waits == pytest.approx(computing + 3 * gathered)
+
+
+@pytest.mark.parametrize(
+    ("zero", "words", "times"),  # bytes a parameter, without (n - 1) / n
+    [
+        (None, [], 2 * 4),
+        (None, ["gradient_compression=fp16", "gradient_accumulation_steps=4"], 2 * 2),
+        ({"stage": 1}, ["gradient_accumulation_steps=4"], 2 * 2 + 2),
+        ({"stage": 2}, ["gradient_accumulation_steps=4"], 4 * 2 * 2 + 2),
+        ({"stage": 2}, ["bf16=false"], 2 * 4 + 4),
+        ({"stage": 2}, ["bf16=false", "gradient_compression=bf16"], 2 * 2 + 4),
+        ({"stage": 2, "use_multi_rank_bucket_allreduce": False}, [], 2 + 2),
+        ({"stage": 2, "use_multi_rank_bucket_allreduce": False, "reduce_scatter": False}, [], 2 * 2 + 2),
+        ({"stage": 3}, ["gradient_accumulation_steps=4"], 4 * (2 + 2)),
+        ({"stage": 3, "stage3_max_reuse_distance": 0}, ["gradient_accumulation_steps=4"], 4 * (2 + 2 * 2)),
+    ],
+)
+def test_what_a_rank_sends_follows_what_is_sent_and_how_often(zero, words, times):
+    config = counting.load_config("smollm2-135m")
+    content = zero and {"bf16": {"enabled": "auto"}, "zero_optimization": zero}
+    values, _ = plan_command.parse(words)
+    setup, total = assemble.set_up(config, values, content, 4, cuda=True), counting.count(config).total
+    assert sum(cost.traffic(setup, total, 4)) == pytest.approx(times * total * 3 / 4)
+    assert not sum(cost.traffic(setup, total, 1))
 
 
 def test_more_machines_send_what_the_formulas_say_and_hide_it_or_wait_for_it():
@@ -354,11 +387,11 @@ def test_more_machines_send_what_the_formulas_say_and_hide_it_or_wait_for_it():
         )
         assert row["tokens_per_second"] == pytest.approx([row["tokens_a_step"] / both, row["tokens_a_step"] / longer])
         assert row["efficiency"][0] < row["efficiency"][1] <= 1
-    # twice the accumulation computes twice as long for the same traffic; ZeRO-3 gathers for every forward and backward
+    # twice the accumulation computes twice as long for the same traffic; ZeRO-3 gathers for every micro-batch
     more = planned(*words, "gradient_accumulation_steps=8")["scaling"][-1]
     assert more["sent_bytes"] == rows[-1]["sent_bytes"] and more["efficiency"][0] > rows[-1]["efficiency"][0]
     zero3 = planned(*words[:-1], "deepspeed=ds_configs/zero3.json", "gradient_accumulation_steps=4")["scaling"][-1]
-    assert zero3["sent_bytes"] == pytest.approx(3 * 4 * 2 * parameters * 511 / 512)
+    assert zero3["sent_bytes"] == pytest.approx(2 * 4 * 2 * parameters * 511 / 512)
     with pytest.raises(ValueError, match="its peak is unknown"):
         machines.scale(None, hardware.from_cuda_name("Tesla T4"), None, 1)
 
