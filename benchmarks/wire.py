@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 UNSHARE = ["unshare", "--net", *(["--map-root-user"] if os.geteuid() else [])]
+PATIENCE_SECONDS = 1800  # for a run
 WARM, SETTLE = 4, 2  # steps left out: of the run, and after another bound
 WORDS = ["model_name=smollm2-1m", "tokenizer_name=train", "validation_fraction=0", "eval_strategy=no",
          "save_strategy=no", "sample_steps=0", "disable_tqdm=true", "logging_steps=1", "resume=never",
@@ -43,8 +44,8 @@ def measure(words, ranks, rates=(None,), steps=8):
         rates: Bits a second that a rank may send, None without a bound.
 
     Returns:
-        [{rate, bytes, seconds, loss} for each rate]: bytes on the wire (headers and acknowledgements too) a step of the
-        rank that sent most, the median seconds of a step, the mean loss of the steps.
+        [{rate, bytes, seconds, losses} for each rate]: bytes on the wire (headers and acknowledgements too) a step of
+        the rank that sent most, the median seconds of a step, the losses of the steps.
 
     Raises:
         RuntimeError: A rank failed; its last words.
@@ -71,7 +72,10 @@ def hub(order):
                         "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1",
                     }  # fmt: skip
                     started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+            end = time.monotonic() + PATIENCE_SECONDS
             while any(each.poll() is None for each in started) and not any(each.returncode for each in started):
+                if time.monotonic() > end:
+                    break
                 time.sleep(0.2)
         finally:
             for each in started:
@@ -93,7 +97,7 @@ def summary(order, marks):
                 "rate": rate,
                 "bytes": max((rank[end][1] - rank[begin][1]) / order["steps"] for rank in marks),
                 "seconds": statistics.median(after - before for before, after in pairwise(times)),
-                "loss": statistics.mean(mark[2] for mark in marks[0][begin + 1 : end + 1]),
+                "losses": [loss for _, _, loss in marks[0][begin + 1 : end + 1]],
             }
         )
     return found

@@ -12,7 +12,8 @@ class Traffic(NamedTuple):
     """Bytes a rank sends in a step.
 
     Attributes:
-        behind: What may go while the rank computes: nothing where DeepSpeed runs on CPUs, or without overlap_comm.
+        behind: What may go while the rank computes: DDP's gradients, DeepSpeed's with overlap_comm on a GPU (it has no
+            streams on a CPU), and the weights that ZeRO-3 fetches ahead.
         after: What the next step waits for.
     """
 
@@ -40,8 +41,11 @@ def traffic(setup, total_parameters, ranks):
         return Traffic(behind=2 * gradients)
     if setup.stage == 3:
         again = max(0.0, 1 - setup.reuse / 2 / total_parameters)  # of the weights: a layer's backward is twice as far
-        sent = setup.accumulation * (gradients * (1 if setup.cuda else 2) + weights * (1 + again))
-        return Traffic(behind=sent) if setup.cuda and setup.overlap else Traffic(after=sent)
+        gathered = setup.accumulation * weights * (1 + again)
+        reduced = setup.accumulation * gradients * (1 if setup.cuda else 2)
+        if setup.cuda:
+            return Traffic(gathered + reduced) if setup.overlap else Traffic(after=gathered + reduced)
+        return Traffic(behind=gathered, after=reduced)
     to_owner = 1 if setup.cuda else 1 + 1 / ranks
     reduced = gradients * (2 if setup.all_reduce else to_owner) * (setup.accumulation if setup.stage == 2 else 1)
     if setup.cuda and setup.overlap:

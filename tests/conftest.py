@@ -141,6 +141,18 @@ def launch():
 
 
 @pytest.fixture(scope="session")
+def wires():
+    """(benchmarks/wire.py, benchmarks/scaling.py), where this user may make network namespaces."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import scaling
+    import wire
+
+    if why := wire.refusal():
+        pytest.skip(why)
+    return wire, scaling
+
+
+@pytest.fixture(scope="session")
 def small_words(tmp_path_factory):
     """Words of a small run: 60 rows, so that the last of an epoch's 8 steps on two ranks has one micro-batch."""
     small, draw = tmp_path_factory.mktemp("poisoned") / "small.jsonl", random.Random(0)

@@ -64,3 +64,18 @@ def test_powersgd_skips_no_step():
     args = SimpleNamespace(gradient_compression="powersgd", deepspeed=None, use_cpu=False, on_spike="skip")
     with pytest.raises(ValueError, match="so no step can be skipped: on_spike=stop"):
         limits.check_compression(args)
+
+
+@pytest.mark.slow
+def test_compressed_gradients_are_as_many_fewer_bytes_on_the_wire_as_planned_and_train_as_well(wires):
+    wire, scaling = wires
+    found = {}
+    for kind in ("none", "fp16"):
+        words = ["block_size=64", "per_device_train_batch_size=2", "warmup_steps=10", "learning_rate=3e-3",
+                 "optim=adamw_torch", "bf16=false", "deepspeed=null", f"gradient_compression={kind}"]  # fmt: skip
+        found[kind] = wire.measure(words, 2, steps=40)[0]
+        planned, _, _ = scaling.predict(words, 2, None, 1.0)
+        assert planned < found[kind]["bytes"] < 1.1 * planned, kind
+    assert found["fp16"]["bytes"] < 0.6 * found["none"]["bytes"]
+    assert found["fp16"]["losses"][0] > 7 > found["none"]["losses"][-1], "what is compared has learned"
+    assert found["fp16"]["losses"] == pytest.approx(found["none"]["losses"], abs=0.02)

@@ -396,6 +396,17 @@ def test_more_machines_send_what_the_formulas_say_and_hide_it_or_wait_for_it():
         machines.scale(None, hardware.from_cuda_name("Tesla T4"), None, 1)
 
 
+@pytest.mark.slow
+def test_ranks_on_a_slow_network_send_what_the_plan_says(wires):
+    wire, scaling = wires
+    words = ["block_size=64", "per_device_train_batch_size=2", "gradient_accumulation_steps=2", "optim=adamw_torch",
+             "deepspeed=ds_configs/zero2.json"]  # fmt: skip
+    free, bound = wire.measure(words, 2, rates=(None, 100e6), steps=4)
+    planned, least, most = scaling.predict(words, 2, bound["rate"], computing=1.0)
+    assert least == most == pytest.approx(1 + planned / (100e6 / 8))  # DeepSpeed on CPUs sends after computing
+    assert planned < free["bytes"] < 1.1 * planned and planned < bound["bytes"] < 1.1 * planned
+
+
 # tokens a second and device at the utilization its authors state, and where they say so
 PUBLISHED = [
     ({"hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
