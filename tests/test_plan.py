@@ -320,7 +320,8 @@ def test_the_suggested_micro_batch_fits_and_keeps_the_batch():
 
 
 def test_time_is_flops_over_peak_and_money_and_energy_follow():
-    plan = planned("gpu=H100-SXM", "gpus=8", "max_steps=1000", "mfu=0.5", "price_per_gpu_hour=2")
+    words = ["gpu=H100-SXM", "gpus=8", "max_steps=1000", "mfu=0.5", "price_per_gpu_hour=2", "deepspeed=null"]
+    plan = planned(*words)
     flops = plan["data"]["tokens"] * plan["compute"]["flops_per_token"]
     hours = flops / (8 * 989.4e12 * 0.5) / 3600
     assert plan["time"]["hours"] == pytest.approx(hours)
