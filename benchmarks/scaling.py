@@ -1,6 +1,6 @@
 """Ranks on a slow network, measured beside what plan.py scaling=true predicts of them.
 
-    python benchmarks/scaling.py [--ranks 4] [--megabits 1000 200 50] [--steps 8]
+    python benchmarks/scaling.py [--ranks 4] [--megabits 1000 200 50] [--steps 6]
 
 Each rank of run_pretrain.py has a network namespace of its own whose sending is bounded (wire.py), which needs root or
 the right to make namespaces. What a step computes is taken from the same ranks without a bound; bytes and the seconds
@@ -29,7 +29,6 @@ ONE_TO_OWNER = {
 }
 KINDS = {
     "DDP": ["deepspeed=null"],
-    "DDP, fp16 gradients": ["deepspeed=null", "gradient_compression=fp16"],
     "ZeRO-1, accumulation 2": ["deepspeed=ds_configs/zero1.json", "gradient_accumulation_steps=2"],
     "ZeRO-2": ["deepspeed=ds_configs/zero2.json"],
     "ZeRO-2, accumulation 2": ["deepspeed=ds_configs/zero2.json", "gradient_accumulation_steps=2"],
@@ -78,7 +77,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4, choices=[n for n in nodes.NODES if n > 1])
     parser.add_argument("--megabits", type=float, nargs="+", default=[1000, 200, 50])
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS))
     flags = parser.parse_args()
     if why := wire.refusal():

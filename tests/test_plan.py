@@ -373,6 +373,13 @@ def test_what_a_rank_sends_follows_what_is_sent_and_how_often(zero, words, times
     assert not sum(cost.traffic(setup, total, 1))
 
 
+def test_on_gloo_reducing_to_the_owner_costs_more():
+    config, total = counting.load_config("smollm2-135m"), 1000
+    owner = memory.Setup(config, 512, stage=2, all_reduce=False, cuda=False)
+    assert cost.traffic(owner, total, 4) == (0, pytest.approx(750 * 2 * (5 / 4 + 1)))  # a ring, then collected
+    assert cost.traffic(memory.Setup(config, 512, stage=3, cuda=False), total, 4) == (750 * 2, 2 * 750 * 2)
+
+
 def test_more_machines_send_what_the_formulas_say_and_hide_it_or_wait_for_it():
     words = ["gpu=H100-SXM", "gpus=8", "mfu=0.5", "network_gbit_per_second=10", "scaling=true", "deepspeed=null"]
     rows = planned(*words, "gradient_accumulation_steps=4")["scaling"]
