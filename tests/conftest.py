@@ -42,11 +42,13 @@ def nothing_left():
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
     before, handlers = dict(os.environ), {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -124,8 +126,8 @@ def launch():
         inherited = {
             k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
         }
-        if command[0] == "deepspeed":
-            command = ("deepspeed", "--master_port", free_port(), *command[1:])
+        if command[0] in ("deepspeed", "torchrun"):
+            command = (command[0], "--master_port", free_port(), *command[1:])
         done = subprocess.run(
             [str(BIN / command[0]) if (BIN / command[0]).exists() else command[0], *map(str, command[1:])],
             cwd=cwd,

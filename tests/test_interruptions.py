@@ -318,26 +318,25 @@ def test_whoever_is_signalled_the_ranks_stop_whole(left_alone, words, where, ran
     assert_equal_runs(left_alone, output_dir)
 
 
-def test_a_loop_starts_again_after_kills_and_interruptions_and_ends_bit_identical(left_alone, words, where):
-    """STOP ends the loop; a SIGKILL and a SIGTERM of one rank, which the loop does not hear, do not."""
+def test_a_loop_starts_again_after_kills_and_interruptions_and_ends_bit_identical(left_alone, words, where, ranks):
+    """A SIGKILL and a SIGTERM of one rank, which the loop does not hear, do not end it; STOP does."""
     output_dir, log_path, fired = where / "loop", where / "loop.log", where / "loop.jsonl"
-    output_dir.mkdir()
-    loop = (sys.executable, "launch.py", "--restarts", "3")
     with open(log_path, "w") as log:
-        (output_dir / "STOP").touch()
-        stopped = launch(output_dir, words, log, *loop)
-        assert stopped.wait(600) == 75, log_path.read_text()[-3000:]
-        assert "starting again" not in log_path.read_text() and checkpoints.by_step(output_dir)[0][0] == 1
-        process = launch(output_dir, words, log, *loop, script=held(fired, rank=1, first=2))
+        loop = (sys.executable, "launch.py", "--restarts", "3")
+        process = launch(output_dir, words, log, *loop, script=held(fired, at=4, rank=1, first=2))
         for times, number in ((1, signal.SIGKILL), (2, signal.SIGTERM)):
             wait_for(lambda times=times: fired.exists() and fired.read_text().count("\n") == times, process)
             (child,) = psutil.Process(process.pid).children()
             (rank,) = (pid for pid in launcher.ranks(child.pid) if psutil.Process(pid).environ()["RANK"] == "1")
             os.kill(rank, number)
-        assert process.wait(600) == 0, log_path.read_text()[-3000:]
+        wait_for(lambda: "starting again (2 left)" in log_path.read_text(), process)
+        (output_dir / "STOP").touch()
+        assert process.wait(600) == 75, log_path.read_text()[-3000:]
     again = re.findall(r"launch.py: status (\d+) after step (\d+), starting again \((\d) left\)", log_path.read_text())
-    assert [left for _, _, left in again] == ["3", "2"] and again[0][0] not in ("0", "75") and again[1][0] == "75"
-    assert [int(step) for _, step, _ in again] == [1, 3]
+    assert [(int(step), int(left)) for _, step, left in again] == [(3, 3), (7, 2)]
+    assert again[0][0] not in ("0", "75") and again[1][0] == "75"
+    assert 8 <= assert_stopped_whole(output_dir, log_path.read_text()) < STEPS
+    assert ranks.run(output_dir, words)[0] == [0, 0]
     assert_equal_runs(left_alone, output_dir)
 
 
