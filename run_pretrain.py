@@ -259,7 +259,7 @@ def train(made, args, checkpoint):
     if checkpoint:
         say(f"going on from {checkpoint}.")
     at_step = lambda: f"at step {made.state.global_step + 1}"  # noqa: E731
-    with ranks.one_error(RANK, args.world_size, at_step, lambda: stop.heard):
+    with ranks.one_error(RANK, args.world_size, at_step):
         made.train(resume_from_checkpoint=checkpoint)
     guards.leave_on_signal()
     if made.divergence.ended:
@@ -275,7 +275,7 @@ def main(argv=None):
     """Run the story; exit status 2 and one line for what the user can mend."""
     guards.leave_on_signal()
     sys.stdout, sys.stderr = guards.Unheard(sys.stdout), guards.Unheard(sys.stderr)
-    with ranks.one_error(RANK, int(os.environ.get("WORLD_SIZE", 1)), lambda: "outside training", lambda: False):
+    with ranks.one_error(RANK, int(os.environ.get("WORLD_SIZE", 1)), lambda: "outside training"):
         story(list(sys.argv[1:] if argv is None else argv))
 
 

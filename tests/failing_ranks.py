@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from ports import free_port
 
-from training import ranks, space
+from training import guards, ranks, space
 
 WORLD = 2
 BEFORE_THEY_MEET = ("both raise before they have met", "rank 1 raises before rank 0 has begun, which raises too")
@@ -30,8 +30,9 @@ def fail(case, rank):
         raise KeyError(f"boom of {rank}")
     if case in ("both meet a full disk", f"rank {rank} meets a full disk"):
         raise space.NoSpace("the disk is full.")
-    if case == "rank 1 leaves, rank 0 was asked to stop" and rank == 1:
-        os._exit(0)
+    if case == "rank 0 is asked to stop, rank 1 is killed":
+        guards.StopTogether(".")
+        os.kill(os.getpid(), signal.SIGTERM if rank == 0 else signal.SIGKILL)
     if case == f"rank {rank} is killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if case == "rank 1 hangs" and rank == 1:
@@ -59,11 +60,10 @@ def begin(rank, group):
 def rank_process(case, rank, port, log):
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1), os.dup2(1, 2)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    asked = case.endswith("asked to stop") and rank == 0
     if case == "rank 1 raises before rank 0 has begun, which raises too" and rank == 0:
         while "boom of 1" not in log.read_text():
             time.sleep(0.01)
-    with ranks.one_error(rank, WORLD, lambda: "at step 7", lambda: asked):
+    with ranks.one_error(rank, WORLD, lambda: "at step 7"):
         if case in BEFORE_THEY_MEET:
             raise KeyError(f"boom of {rank}")
         dist.init_process_group("gloo", timeout=timedelta(seconds=40))
@@ -101,5 +101,5 @@ def run(case, log):
 if __name__ == "__main__":
     cases = ["both raise", *BEFORE_THEY_MEET, "both meet a full disk"]
     cases += [f"rank {rank} {what}" for what in ("raises", "meets a full disk", "is killed") for rank in range(WORLD)]
-    cases += ["rank 1 leaves, rank 0 was asked to stop", "rank 1 hangs"]
+    cases += ["rank 0 is asked to stop, rank 1 is killed", "rank 1 hangs"]
     print(json.dumps({case: run(case, Path(sys.argv[1], case)) for case in cases}))

@@ -55,8 +55,10 @@ def test_a_rank_that_is_killed_is_named_by_the_other(failed, rank):
     assert len(text.splitlines()) == 1
 
 
-def test_a_rank_that_was_asked_to_stop_and_loses_another_says_nothing(failed):
-    assert failed["rank 1 leaves, rank 0 was asked to stop"] == [[1, 0], ""]
+def test_a_rank_that_is_asked_to_stop_before_it_notices_that_another_was_killed_names_it_too(failed):
+    """A launcher signals the others as soon as one has ended, and they may be in the middle of a long step."""
+    statuses, text = failed["rank 0 is asked to stop, rank 1 is killed"]
+    assert statuses == [1, -9] and "error: rank 0 at step 7: rank 1 does not answer: killed" in text
 
 
 def test_once_training_begins_no_group_waits_longer_than_it_is_told_to(failed):

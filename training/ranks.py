@@ -96,15 +96,15 @@ class Begun(TrainerCallback):
 
 
 @contextlib.contextmanager
-def one_error(rank, world_size, where, asked_to_stop):
+def one_error(rank, world_size, where):
     """Let the rank that fails first show its error, and the others end without one.
 
     A rank that fails ends at once, past every destructor, which might wait for other ranks. Its launcher then ends the
-    others: deepspeed and torchrun give them 30 seconds.
+    others: deepspeed and torchrun give them 30 seconds. One of those may be asked to stop before it notices that a rank
+    was killed, as in a long step: it names that rank all the same, or nobody would.
 
     Args:
         where: Callable; the place of the story, as "at step 7".
-        asked_to_stop: Callable; a rank that was, and then loses another, is no failure of its own.
     """
     try:
         yield
@@ -113,8 +113,6 @@ def one_error(rank, world_size, where, asked_to_stop):
         if world_size == 1 and status is None:
             raise
         lost = LOST.search(str(error)) is not None
-        if lost and asked_to_stop():
-            os._exit(1)
         silent = _silent_ranks(rank, world_size) if lost else None
         first, told = (True, status) if world_size == 1 else _first_status(rank, lost, status)
         if first:
