@@ -13,6 +13,7 @@ then gets a SIGTERM from the kernel (Linux), and the ranks notice its death.
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = os.EX_TEMPFAIL  # 75, as the ranks say it
 BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM, 256 - signal.SIGTERM)  # as subprocess, shells, DeepSpeed say it
+STOP_FILE = "its STOP file"  # as training/guards.py says it in run.json
 END = (0, 2, 3, 4, 5, 6)  # done, or what another start would meet again
 DEFAULT_OUTPUT_DIR = "runs/pretrain"  # of arguments.py, which takes seconds to import
 PAUSE_SECONDS = 5  # before another start: ports and GPUs of the last one are free again
@@ -47,8 +49,8 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def run(command, heard, each=lambda: None):
-    """Run the launcher in a session of its own, `each` every 0.2 s; returns its ranks' exit status.
+def run(command, heard):
+    """Run the launcher in a session of its own; returns its ranks' exit status.
 
     Args:
         heard: Gets a time for each signal; then the ranks are told.
@@ -59,7 +61,6 @@ def run(command, heard, each=lambda: None):
     )
     told, orphaned = set(), False
     while child.poll() is None or ranks(child.pid):
-        each()
         if child.returncode is not None:
             orphaned = True
         if orphaned or heard:
@@ -99,19 +100,34 @@ def newest_step(directory):
     return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
+def last_stop(directory):
+    """What run.json says of the last stop, {step, by}; None where there was none."""
+    try:
+        return json.loads((directory / "run.json").read_text(encoding="utf-8")).get("last_stop")
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def asked_to_stop(directory, before):
+    """Whether a STOP file is there, or was heard by the ranks, which remove it, since `before` was the last stop."""
+    now = last_stop(directory)
+    heard = now != before and (now or {}).get("by") == STOP_FILE
+    return heard or bool(directory and (directory / "STOP").exists())
+
+
 def run_again(command, restarts, heard):
     """Run, and again after an interruption or a crash; returns the last exit status.
 
     It ends with a status of END, a signal to this command, the run's STOP file, the last restart, or the second crash
     in a row that has left no newer checkpoint: a third would not either.
     """
-    directory, stop, fruitless = output_dir(command), [], 0
+    directory, fruitless = output_dir(command), 0
     reached = newest_step(directory)
     for left in range(restarts, -1, -1):
-        status = run(command, heard, lambda: stop.append(True) if directory and (directory / "STOP").exists() else None)
+        stopped, status = last_stop(directory), run(command, heard)
         before, reached = reached, newest_step(directory)
         fruitless = 0 if status == INTERRUPTED or reached > before else fruitless + 1
-        if status in END or heard or stop:
+        if status in END or heard or asked_to_stop(directory, stopped):
             break
         if not left or fruitless == 2:
             why = "no restart is left" if not left else f"two starts in a row have not come past step {reached}"

@@ -267,6 +267,8 @@ def train(made, args, checkpoint):
     step = made.state.global_step
     if stop.stopped or stop.heard:
         why = f" ({stop.heard})" if stop.heard else ""
+        if RANK == 0:
+            record.write_run(args.output_dir, last_stop={"step": step, "by": stop.heard or "another rank"})
         say(f"stopped at step {step}{why}: checkpoint-{step} is whole, the same command goes on from it.")
         sys.exit(guards.INTERRUPTED)
 

@@ -305,6 +305,10 @@ class Handler(BaseHTTPRequestHandler):
             sha = repo.parents[sha]
         return 200, found
 
+    def settings(self, kind, id):
+        self.repo(kind, id, write=True).private = json.loads(self.body)["visibility"] == "private"
+        return 200, {}
+
     def space_variables(self, id):
         repo, asked = self.repo("space", id, write=True), json.loads(self.body or b"{}")
         if self.command == "POST":
@@ -352,6 +356,7 @@ ROUTES = [
     (("GET",), rf"{API}/revision/(?P<rev>.+)", Handler.info),
     (("GET",), rf"{API}/tree/(?P<rev>[^/]+)(?:/(?P<below>.+))?", Handler.tree),
     (("POST",), rf"{API}/paths-info/(?P<rev>[^/]+)", Handler.paths_info),
+    (("PUT",), rf"{API}/settings", Handler.settings),
     (("POST",), rf"{API}/preupload/(?P<rev>.+)", Handler.preupload),
     (("POST",), rf"{API}/commit/(?P<rev>.+)", Handler.commit),
     (("GET",), rf"{API}/refs", Handler.list_refs),

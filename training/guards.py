@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = os.EX_TEMPFAIL  # exit status 75: interrupted and resumable
+STOP_FILE = "its STOP file"
 _GO_ON, _SAVE, _STOP = 0, 1, 2
 
 
@@ -76,6 +77,8 @@ class StopTogether(TrainerCallback):
         for name, wish in (("STOP", _STOP), ("SAVE", _SAVE)):
             if first and (self.directory / name).exists():
                 (self.directory / name).unlink(missing_ok=True)
+                if wish == _STOP:
+                    self.hear(STOP_FILE)
                 return wish
         return _GO_ON
 

@@ -1,0 +1,112 @@
+"""The loop of launch.py --restarts, around a command that ends as a script says: when it starts again, when it ends.
+
+What real runs do under it is in test_interruptions.py.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from smolpretrain import launch
+from smolpretrain.training import guards
+
+LOOP = "import sys; from smolpretrain import launch; launch.PAUSE_SECONDS = {}; sys.exit(launch.main(sys.argv[1:]))"
+
+
+@pytest.fixture
+def loop(tmp_path):
+    """Start the loop around a launcher whose n-th start is the n-th of these shell lines; returns the process."""
+
+    def start(*lines, restarts=5, pause=0):
+        script, out = tmp_path / "torchrun", tmp_path / "out"
+        (out / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+        (out / "checkpoint-1" / "manifest.json").touch()
+        (tmp_path / "starts").unlink(missing_ok=True)
+        cases = "\n".join(f"{n}) {line} ;;" for n, line in enumerate(lines, start=1))
+        count = f"echo start >> {tmp_path}/starts; n=$(wc -l < {tmp_path}/starts)"
+        script.write_text(f"#!/bin/bash\n{count}\ncd {out}\ncase $n in\n{cases}\nesac\n")
+        script.chmod(0o755)
+        command = [
+            sys.executable,
+            "-c",
+            LOOP.format(pause),
+            "--restarts",
+            str(restarts),
+            str(script),
+            "run_pretrain.py",
+        ]
+        return subprocess.Popen(
+            [*command, f"output_dir={out}"], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    return start
+
+
+def ended(process, tmp_path):
+    """(status, starts, what it said)."""
+    said, _ = process.communicate(timeout=300)
+    return process.returncode, len((tmp_path / "starts").read_text().splitlines()), said
+
+
+def newer(step):
+    return f"mkdir checkpoint-{step}; touch checkpoint-{step}/manifest.json"
+
+
+@pytest.mark.parametrize("status", launch.END)
+def test_what_another_start_would_meet_again_ends_it(loop, tmp_path, status):
+    assert ended(loop(f"exit {status}"), tmp_path)[:2] == (status, 1)
+
+
+def test_an_interruption_is_never_fruitless_and_every_start_is_counted(loop, tmp_path):
+    status, starts, said = ended(loop("exit 75", "exit 75", "exit 75", "exit 0"), tmp_path)
+    assert (status, starts) == (0, 4), said
+    assert [line.split("(")[1] for line in said.splitlines()] == ["5 left).", "4 left).", "3 left)."]
+
+
+def test_two_crashes_in_a_row_without_a_newer_checkpoint_end_it_and_with_one_they_do_not(loop, tmp_path):
+    status, starts, said = ended(loop("exit 1", f"{newer(2)}; exit 1", "exit 1", "exit 9", "exit 0"), tmp_path)
+    assert (status, starts) == (9, 4), said
+    assert said.endswith("launch.py: ended with status 9: two starts in a row have not come past step 2.\n")
+
+
+def test_the_last_restart_ends_it(loop, tmp_path):
+    status, starts, said = ended(loop("exit 75", "exit 75", "exit 0", restarts=1), tmp_path)
+    assert (status, starts) == (75, 2) and said.endswith("ended with status 75: no restart is left.\n")
+
+
+@pytest.mark.parametrize("status", [75, 1])
+def test_a_stop_that_the_ranks_heard_ends_it_and_an_older_one_does_not(loop, tmp_path, status):
+    """The ranks remove the file at once, and may be done before anybody else has seen it; torchrun says 1."""
+    stops = [{"last_stop": {"step": step, "by": by}} for step, by in ((1, "SIGTERM"), (2, guards.STOP_FILE))]
+    wrote = [f"echo '{json.dumps(stop)}' > run.json; {newer(stop['last_stop']['step'] + 1)}" for stop in stops]
+    assert ended(loop(*(f"{line}; exit {status}" for line in wrote), "exit 0"), tmp_path)[:2] == (status, 2)
+    assert ended(loop("exit 75", "exit 0"), tmp_path)[:2] == (0, 2), "what stopped an earlier run stops no other"
+
+
+def test_a_stop_file_that_nobody_has_heard_ends_it(loop, tmp_path):
+    assert ended(loop("touch STOP; exit 1", "exit 0"), tmp_path)[:2] == (1, 1)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_it_ends_it_and_reaches_the_ranks(loop, tmp_path, sent):
+    rank = f"LOCAL_RANK=0 {sys.executable} -c 'import sys, time; open(sys.argv[1], \"w\"); time.sleep(600)' begun"
+    process = loop(f"{rank}; exit 75", "exit 0")
+    while not (tmp_path / "out" / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, sent)
+    status, starts, said = ended(process, tmp_path)
+    assert (status, starts) == (75, 1) and "starting again" not in said
+
+
+def test_a_signal_between_two_starts_ends_it(loop, tmp_path):
+    process = loop("exit 1", "exit 0", pause=600)
+    assert "starting again" in process.stdout.readline()
+    os.kill(process.pid, signal.SIGTERM)
+    assert ended(process, tmp_path)[:2] == (75, 1)
