@@ -108,7 +108,7 @@ def last_stop(directory):
         return None
 
 
-def asked_to_stop(directory, before):
+def asked_to_stop(directory, before=None):
     """Whether a STOP file is there, or was heard by the ranks, which remove it, since `before` was the last stop."""
     now = last_stop(directory)
     heard = now != before and (now or {}).get("by") == STOP_FILE

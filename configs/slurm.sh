@@ -4,8 +4,8 @@
 #     sbatch --nodes 2 --gpus-per-node 8 --ntasks-per-node 8 configs/slurm.sh configs/smollm2-1.7b-4xl4.json [key=value ...]
 #
 # Two minutes before the time limit, and at a preemption, the ranks get SIGTERM, save together and end with status 75;
-# the job then goes back to the queue and goes on from that checkpoint. output_dir and prepared_dir must be on storage
-# that all machines share.
+# the job then goes back to the queue and goes on from that checkpoint, unless it was a STOP file that ended it.
+# output_dir and prepared_dir must be on storage that all machines share.
 #SBATCH --job-name=smolpretrain
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
@@ -20,7 +20,8 @@ srun --kill-on-bad-exit=0 bash -c '
     exec python run_pretrain.py "$@"' rank "$@"
 status=$?
 
-if [ "$status" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then
+stopped='import launch, sys; sys.exit(not launch.asked_to_stop(launch.output_dir(["run_pretrain.py", *sys.argv[1:]])))'
+if [ "$status" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ] && ! python -c "$stopped" "$@"; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

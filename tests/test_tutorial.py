@@ -108,11 +108,11 @@ AFTER = {
 
 
 def written_by(model):
-    """A demo's continuation of a prompt, asked for as any program asks for it."""
+    """A demo's continuation of a prompt, asked for as any program asks for it: a list, one entry a model."""
     answer = Client(model, verbose=False, httpx_kwargs={"timeout": PATIENCE}).predict(
         prompt="Once more", max_new_tokens=4, temperature=0, api_name="/continue"
     )
-    return json.dumps(answer)
+    return answer
 
 
 def serve(shell, command):
@@ -220,7 +220,8 @@ def read(hub, checkout, corpus, tmp_path_factory):
                     shrunk = shell.run(small.assignments) is not None
                 for what, status in filter(None, [BEFORE.get(command)]):
                     shell.run(what, status)
-                said += serve(shell, command) if command.startswith("python space/app.py ") else shell.run(command)
+                served = command.startswith("python space/app.py ")
+                said += json.dumps(serve(shell, command)) if served else shell.run(command)
                 if command.startswith("nohup "):
                     shell.run("TRAINING=$!")
                 for what, status in filter(None, [AFTER.get(command)]):
@@ -252,7 +253,8 @@ def test_what_it_ends_with_is_public_and_the_live_space_writes(read, hub, tmp_pa
     environment = os.environ | hub.environment(tmp_path / "home", "") | space.variables | {"OMP_NUM_THREADS": "1"}
     shell = Shell(tmp_path, environment)
     try:
-        assert "text" in serve(shell, f"{sys.executable} app.py")
+        (wrote,) = serve(shell, f"{sys.executable} app.py")
+        assert wrote["model"] == name and wrote["new_tokens"] == 4
     finally:
         shell.end()
 

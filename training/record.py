@@ -40,7 +40,8 @@ def write_start(output_dir, arguments, manifest, git, plan):
     splits = manifest.splits
     data = {key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "blocks")}
     data |= {"fingerprint": manifest.fingerprint, "source": manifest.source, "splits": splits}
-    write_run(output_dir, arguments=arguments, versions=versions(), git_commit=git, plan=plan, data=data)
+    run = {"arguments": arguments, "versions": versions(), "git_commit": git, "plan": plan, "data": data}
+    write_run(output_dir, **run, last_stop=None)
 
 
 def write_result(output_dir, log, results, result):
