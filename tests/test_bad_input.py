@@ -174,6 +174,7 @@ ROWS = [
     ("B13", [inline(bf16={"check_grad_overflow": False})], "would apply gradients that are not finite. Take it out."),
     ("B13", ["fsdp=full_shard"], 'fsdp must be null, got "full_shard": deepspeed=ds_configs/zero3.json'),
     ("B13", ["optim=adamw_bnb"], "Did you mean adamw_bnb_8bit?"),
+    ("B13", ["optim=muon", "model_name=smollm2-1m-moe"], "command line: optim = muon takes matrices, and "),
     ("B13", ["lr_scheduler_type=warmup_stable_decay"], "decay_fraction is not set: lr_scheduler_type = warmup_stable"),
     ("B13", ["lr_scheduler_type=polynomial", 'lr_scheduler_kwargs={"x": 1}'], "do not fit lr_scheduler_type = polyno"),
     ("B13", ["decay_fraction=0.2"], "decay_fraction = 0.2 is of lr_scheduler_type=warmup_stable_decay, not of cosine"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_training import TINY
-from transformers import LlamaConfig, set_seed
+from transformers import Gemma2Config, LlamaConfig, set_seed
 
 from smolpretrain import limits
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
@@ -15,7 +15,7 @@ from smolpretrain.command_line import parse_args
 from smolpretrain.data.packing import PackedCollator
 from smolpretrain.data.tokenization import train_tokenizer
 from smolpretrain.planning import memory
-from smolpretrain.training import model, space
+from smolpretrain.training import loss, model, space
 from smolpretrain.training.trainer import PretrainTrainer
 
 EOS = 0
@@ -172,7 +172,18 @@ def test_schedule_free_brings_its_own_warm_up_and_a_share_is_no_number_of_steps(
 
 def test_a_z_loss_without_the_loss_in_chunks_is_refused():
     assert "loss_chunk_tokens = 0 takes another" in refusal("z_loss=1e-4", "deepspeed=null", "loss_chunk_tokens=0")
+    liger = refusal("z_loss=1e-4", "deepspeed=null", "use_liger_kernel=true")
+    assert "use_liger_kernel = true takes another" in liger
     assert "shares the head out" in refusal("z_loss=1e-4", "deepspeed=ds_configs/zero3.json")
+
+
+def test_a_z_loss_is_refused_to_a_model_that_keeps_its_own_loss():
+    sizes = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    capped = model.random_model(Gemma2Config(**sizes, **heads, final_logit_softcapping=0.1), 0, "eager")
+    with pytest.raises(ValueError, match=r"z_loss = 0.1 is part of the loss in chunks, .* its own"):
+        loss.choose(capped, None, 0.1, None)
+    assert "the model's own" in loss.choose(capped, None, 0.0, None)
 
 
 def test_muon_s_options_are_named_and_a_near_name_is_offered():
