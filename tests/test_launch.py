@@ -1,6 +1,6 @@
 """The loop of launch.py --restarts, around a command that ends as a script says: when it starts again, when it ends.
 
-What real runs do under it is in test_interruptions.py.
+What real runs do under it is in test_interruptions.py. And the launch lines of configs/README.md for several machines.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import BIN, ROOT, free_port
 
 from smolpretrain import launch
 from smolpretrain.training import guards
@@ -110,3 +110,47 @@ def test_a_signal_between_two_starts_ends_it(loop, tmp_path):
     assert "starting again" in process.stdout.readline()
     os.kill(process.pid, signal.SIGTERM)
     assert ended(process, tmp_path)[:2] == (75, 1)
+
+
+MACHINES = {  # a line of configs/README.md: what is smaller of it, the recipe aside, for machine n of 2
+    "torchrun": {
+        "--nnodes 8": "--nnodes 2",
+        "--nproc_per_node 8": "--nproc_per_node 1",
+        "worker-1:": "127.0.0.1:",
+        "29500": "{port}",
+    },
+    "deepspeed --hostfile hostfile --no_ssh": {
+        "--hostfile hostfile": "--hostfile {hosts}",
+        "--node_rank 0": "--node_rank {n}",
+        "worker-1": "127.0.0.1 --master_port {port}",
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", MACHINES)
+def test_a_launch_line_of_several_machines_trains_one_run_with_a_rank_from_each(launcher, small_words, tmp_path):
+    """Two launchers on loopback, each for a machine of one rank, that share a disk."""
+    recipe, port = "configs/smollm2-135m.json", free_port()
+    lines = (ROOT / "configs" / "README.md").read_text(encoding="utf-8").splitlines()
+    (line,) = [each for each in lines if each.startswith(launcher) and each.endswith(recipe)]
+    hosts = tmp_path / "hosts"
+    hosts.write_text("worker-1 slots=1\nworker-2 slots=1\n")
+    started = []
+    for n in (0, 1):
+        command = line.removesuffix(recipe)
+        for old, new in MACHINES[launcher].items():
+            assert command.count(old) == 1
+            command = command.replace(old, new)
+        command = command.format(n=n, hosts=hosts, port=port)
+        words = [*small_words, "max_steps=4", "validation_fraction=0", "save_steps=4", f"output_dir={tmp_path / 'out'}"]
+        log = open(tmp_path / f"{n}.log", "w+")  # noqa: SIM115, the launcher's for its life
+        words = [str(BIN / command.split()[0]), *command.split()[1:], *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment))
+    statuses = [process.wait(900) for process in started]
+    said = "".join((tmp_path / f"{n}.log").read_text() for n in (0, 1))
+    assert statuses == [0, 0], said[-4000:]
+    run = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert (run["plan"]["devices"]["ranks"], run["plan"]["devices"]["nodes"]) == (2, 2) and said.count("done: ") == 1
+    assert len(list((tmp_path / "out" / "checkpoint-4").rglob("*optim_states.pt"))) == 2
