@@ -1,11 +1,12 @@
 """Training tokens/s and peak memory of run_pretrain.py beside a bare PyTorch loop, in one run, as ratios.
 
-    python benchmarks/training_throughput.py [--vocab_size 4096 49152] [--steps 16] [--rounds 2]
+    python benchmarks/training_throughput.py [--vocab_size 4096 49152] [--steps 16] [--rounds 2] [--words key=value ...]
 
 The bare loop is the limit: the same model, rows, batch and precision (bf16 autocast over fp32 weights), the model's
 own loss, torch's fused AdamW, clipping, and nothing else. Beside it run_pretrain.py launched plainly
 (`python run_pretrain.py deepspeed=null`) and under `deepspeed` with ZeRO-2, both with 8-bit AdamW. Each runs in
 processes of its own, turn about, `--rounds` times; a figure is the median over all steps but the first four of each.
+`--words torch_compile=true` adds our two once more with these words.
 """
 
 import argparse
@@ -63,11 +64,11 @@ def bare(vocab_size, steps, prepared_dir):
     print(json.dumps({"rates": rates, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
 
 
-def ours(launcher, vocab_size, steps, prepared_dir):
+def ours(launcher, vocab_size, steps, prepared_dir, more=()):
     """run_pretrain.py with a launcher; tokens/s of each step and peak memory, from its own record."""
     with tempfile.TemporaryDirectory() as output_dir:
         extra = ["deepspeed=null", "optim=adamw_torch_fused"] if launcher == ["python"] else []
-        command = [*launcher, "run_pretrain.py", *words(vocab_size, steps, output_dir, prepared_dir), *extra]
+        command = [*launcher, "run_pretrain.py", *words(vocab_size, steps, output_dir, prepared_dir), *extra, *more]
         subprocess.run(
             [str(Path(sys.executable).parent / command[0]), *command[1:]], cwd=ROOT, check=True, capture_output=True
         )
@@ -75,23 +76,25 @@ def ours(launcher, vocab_size, steps, prepared_dir):
     return {"rates": [row["tokens_per_second"] for row in rows], "gib": rows[-1]["peak_memory_gib"]}
 
 
-def measure(vocab_size, steps, rounds):
+def measure(vocab_size, steps, rounds, more):
     with tempfile.TemporaryDirectory() as directory:
         prepared_dir = Path(directory) / "prepared"
         ours(["python"], vocab_size, WARM, prepared_dir)  # makes the prepared set
         ways = {
-            "bare PyTorch loop": None,
-            "run_pretrain.py, plain": ["python"],
-            "run_pretrain.py, deepspeed ZeRO-2": ["deepspeed", "--num_gpus", "1"],
+            "bare PyTorch loop": (None, ()),
+            "run_pretrain.py, plain": (["python"], ()),
+            "run_pretrain.py, deepspeed ZeRO-2": (["deepspeed", "--num_gpus", "1"], ()),
         }
+        if more:
+            ways |= {f"{name}, {' '.join(more)}": (how, more) for name, (how, _) in ways.items() if how}
         found = {name: {"rates": [], "gib": []} for name in ways}
         for _ in range(rounds):
-            for name, launcher in ways.items():
+            for name, (launcher, added) in ways.items():
                 if launcher is None:
                     command = [sys.executable, __file__, "--bare", str(vocab_size), str(steps), str(prepared_dir)]
                     out = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                 else:
-                    out = ours(launcher, vocab_size, steps, prepared_dir)
+                    out = ours(launcher, vocab_size, steps, prepared_dir, added)
                 found[name]["rates"] += out["rates"][WARM:]
                 found[name]["gib"].append(out["gib"])
     return {name: (statistics.median(f["rates"]), statistics.median(f["gib"])) for name, f in found.items()}
@@ -102,6 +105,7 @@ def main():
     parser.add_argument("--vocab_size", type=int, nargs="+", default=[4096, 49152])
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--words", nargs="+", default=(), metavar="key=value", help="of run_pretrain.py")
     parser.add_argument("--bare", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.bare:
@@ -111,7 +115,7 @@ def main():
     print(f"{os.cpu_count()} cores of {cpu}; {BATCH} x {BLOCK} tokens a step, {SHAPE}, bf16.\n")
     print("| vocabulary | | tokens/s | ratio | peak memory (GiB) | ratio |\n|---:|---|---:|---:|---:|---:|")
     for vocab_size in args.vocab_size:
-        found = measure(vocab_size, args.steps, args.rounds)
+        found = measure(vocab_size, args.steps, args.rounds, args.words)
         limit, memory = found["bare PyTorch loop"]
         for name, (rate, gib) in found.items():
             print(
