@@ -1,4 +1,4 @@
-"""torch_compile=true with packed rows, activation checkpointing and the loss in chunks: the same losses, compiled once."""
+"""torch_compile=true with packed rows, checkpointing and the loss in chunks: the same losses, compiled once."""
 
 import pytest
 import torch
