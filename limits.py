@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DynamoBackend
 from transformers import get_scheduler
+from transformers.utils import is_liger_kernel_available
 
 if __package__:
     from .data.arguments import one_of
@@ -78,13 +79,13 @@ def check(args):
     """
     _check_ranges(args)
     _check_choices(args)
+    if args.z_loss and (args.loss_chunk_tokens == 0 or args.use_liger_kernel):
+        what = "use_liger_kernel = true" if args.use_liger_kernel else "loss_chunk_tokens = 0"
+        raise ValueError(f"z_loss = {args.z_loss} is part of the loss in chunks, {what} takes another: leave it out.")
     _check_environment(args)
     _check_decay(args)
     _check_optimizer(args)
     _check_compilation(args)
-    if args.z_loss and (args.loss_chunk_tokens == 0 or args.use_liger_kernel):
-        what = "use_liger_kernel = true" if args.use_liger_kernel else "loss_chunk_tokens = 0"
-        raise ValueError(f"z_loss = {args.z_loss} is part of the loss in chunks, {what} takes another: leave it out.")
 
 
 def _check_ranges(args):
@@ -138,6 +139,12 @@ def _check_environment(args):
     asked = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
     for name in set(asked) - {"none", "all", *get_available_reporting_integrations()}:
         raise ValueError(f"report_to = {name} needs {name}, which is not installed: pip install {name}.")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ValueError(
+            "use_liger_kernel = true needs liger-kernel, which is not installed: pip install liger-kernel."
+        )
+    if args.use_liger_kernel and not torch.accelerator.is_available():
+        raise ValueError("use_liger_kernel = true needs a GPU, its kernels are Triton's: leave it out on a CPU.")
     if not args.output_dir:
         raise ValueError("output_dir is empty: name the directory that everything goes to.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not {"RANK", "LOCAL_RANK"} <= os.environ.keys():

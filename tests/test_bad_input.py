@@ -210,6 +210,11 @@ ROWS = [
         ["attn_implementation=flash_attention_2"],
         "= flash_attention_2 cannot be had: flash-attn is not installed",
     ),
+    (
+        "B15",
+        ["use_liger_kernel=true"],
+        "use_liger_kernel = true needs liger-kernel, which is not installed: pip install",
+    ),
     ("B16", ["model_name=nobody/none"], "model_name = nobody/none cannot be had from the Hub"),
     ("B16", ["tokenizer_name=nobody/none"], "tokenizer_name: nobody/none cannot be loaded"),
     ("B17", ["model_name={bare}", "config_overrides=null"], "bare is a directory without config.json."),

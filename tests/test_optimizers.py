@@ -186,6 +186,12 @@ def test_a_z_loss_is_refused_to_a_model_that_keeps_its_own_loss():
     assert "the model's own" in loss.choose(capped, None, 0.0, None)
 
 
+def test_liger_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(limits, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert "use_liger_kernel = true needs a GPU" in refusal("use_liger_kernel=true", "deepspeed=null")
+
+
 def test_muon_s_options_are_named_and_a_near_name_is_offered():
     assert "takes momentum and ns_steps, not beta" in refusal("optim=muon", "deepspeed=null", "optim_args=beta=1")
     assert "Did you mean muon?" in refusal("optim=muonn", "deepspeed=null")
