@@ -259,6 +259,13 @@ def test_what_it_ends_with_is_public_and_the_live_space_writes(read, hub, tmp_pa
         shell.end()
 
 
+def test_every_exception_from_running_is_one_that_the_page_has_and_each_reading_pause_belongs_to_a_command():
+    commands = [command for block in blocks() for command in block.commands]
+    assert [begins for begins in NOT_RUN if not any(command.startswith(begins) for command in commands)] == []
+    assert {*BEFORE, *AFTER} <= {*commands}
+    assert sum(command.startswith(tuple(NOT_RUN)) for command in commands) == len(NOT_RUN) < len(commands) / 4
+
+
 def test_the_set_that_the_page_prepares_is_the_one_that_its_recipe_trains_on():
     assert {key: recipe_of(RECIPE).get(key) for key in recipe_of(DATA) if key != "tokenizer_name"} == {
         key: value for key, value in recipe_of(DATA).items() if key != "tokenizer_name"
