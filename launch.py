@@ -35,13 +35,18 @@ PATIENCE_SECONDS = 60  # until a rank must have appeared: ssh to other machines 
 
 
 def ranks(session):
-    """The ranks of a launch: processes of its session with a LOCAL_RANK, without their children."""
-    found = {}
+    """The ranks of a launch, {pid: whether its launcher lives}: processes of its session with a LOCAL_RANK.
+
+    Not their children, as long as the rank lives.
+    """
+    here, found = set(), {}
     for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.Error):
-            if os.getsid(process.pid) == session and "LOCAL_RANK" in process.environ():
-                found[process.pid] = process.ppid()
-    return {pid for pid, parent in found.items() if parent not in found}
+            if os.getsid(process.pid) == session:
+                here.add(process.pid)
+                if "LOCAL_RANK" in process.environ():
+                    found[process.pid] = process.ppid()
+    return {pid: parent in here for pid, parent in found.items() if parent not in found}
 
 
 def die_with_parent():
@@ -59,12 +64,15 @@ def run(command, heard):
     child = subprocess.Popen(
         command, start_new_session=True, preexec_fn=die_with_parent, env=os.environ | {"PATH": path}
     )
-    told, orphaned = set(), False
-    while child.poll() is None or ranks(child.pid):
-        if child.returncode is not None:
+    known, told, orphaned = set(), set(), False
+    while child.poll() is None or known & ranks(child.pid).keys():
+        if child.returncode is None:
+            # What outlives its rank is none, as the workers of its DataLoader, which do by seconds.
+            known |= {pid for pid, launched in ranks(child.pid).items() if launched}
+        else:
             orphaned = True
         if orphaned or heard:
-            for pid in ranks(child.pid) - told:
+            for pid in known - told:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
                 told.add(pid)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from ports import free_port
 from test_training import rows, trainer
 from transformers import AutoModelForCausalLM
 
@@ -513,6 +514,19 @@ def test_our_launcher_without_a_launcher_says_how_it_is_called(words):
     assert done.returncode == 2
     launchers = "[--restarts N] deepspeed|torchrun|accelerate [its own words] run_pretrain.py args.json"
     assert done.stderr == f"usage: launch.py {launchers}\n"
+
+
+@pytest.mark.slow
+def test_what_outlives_a_rank_that_has_failed_is_no_rank_of_a_launcher_that_died(tmp_path):
+    """As its DataLoader's workers do: the status was 75, interrupted, and a loop started such a run again for ever."""
+    script, worker = tmp_path / "fails.py", tmp_path / "worker"
+    script.write_text("import os, pathlib, sys, time\npid = os.fork()\nif not pid:\n    time.sleep(600)\n"
+                      "pathlib.Path(sys.argv[-1]).write_text(str(pid))\nos._exit(5)\n")  # fmt: skip
+    command = ["launch.py", "deepspeed", "--num_gpus", "1", "--master_port", free_port(), script, worker]
+    with open(tmp_path / "log", "w") as log:  # no pipe: the worker would keep it open
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log, timeout=600)
+    os.kill(int(worker.read_text()), signal.SIGKILL)
+    assert done.returncode == 5, (tmp_path / "log").read_text()
 
 
 def test_our_launcher_finds_the_run_s_directory_and_its_newest_finished_checkpoint(tmp_path):
