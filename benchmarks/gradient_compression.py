@@ -8,10 +8,7 @@ plan.py reckons with: gradients, and under ZeRO the new weights.
 """
 
 import argparse
-import os
 import statistics
-import sys
-from pathlib import Path
 
 import scaling
 import wire
@@ -32,11 +29,7 @@ def main():
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], choices=[2, 4, 8])
     parser.add_argument("words", nargs="*", metavar="key=value")
     flags = parser.parse_intermixed_args()
-    if why := wire.refusal():
-        sys.exit(f"gradient_compression.py: error: {why}")
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(": ")[1] for line in cpuinfo if line.startswith("model name")), "an unknown CPU")
-    print(f"{os.cpu_count()} cores of {cpu}; {' '.join([*WORDS, *flags.words])}\n")
+    print(f"{wire.machine('gradient_compression.py')}; {' '.join([*WORDS, *flags.words])}\n")
     print(
         f"| ranks | | MB a rank a step | plan | loss, mean of the last {LAST} of 60 steps |\n|---:|---|---:|---:|---:|"
     )

@@ -11,9 +11,6 @@ against the nearer end.
 
 import argparse
 import json
-import os
-import sys
-from pathlib import Path
 
 import wire
 
@@ -80,11 +77,7 @@ def main():
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS))
     flags = parser.parse_args()
-    if why := wire.refusal():
-        sys.exit(f"scaling.py: error: {why}")
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(": ")[1] for line in cpuinfo if line.startswith("model name")), "an unknown CPU")
-    print(f"{flags.ranks} ranks on {os.cpu_count()} cores of {cpu}\n")
+    print(f"{flags.ranks} ranks on {wire.machine('scaling.py')}\n")
     print("| | Mbit/s | MB a rank a step / plan | off | s a step | plan, least to most | off |")
     print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
     rates, worst = [None, *(each * 1e6 for each in flags.megabits)], [0.0, 0.0]

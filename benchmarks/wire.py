@@ -36,6 +36,15 @@ def refusal():
     return f"Network namespaces need root (CAP_NET_ADMIN, CAP_SYS_ADMIN): {why}." if done.returncode else None
 
 
+def machine(command):
+    """Name this machine's cores for a table's head; leave with a sentence where it makes no namespaces."""
+    if why := refusal():
+        sys.exit(f"{command}: error: {why}")
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(": ")[1] for line in cpuinfo if line.startswith("model name")), "an unknown CPU")
+    return f"{os.cpu_count()} cores of {cpu}"
+
+
 def measure(words, ranks, rates=(None,), steps=8):
     """Train on so many ranks, `steps` measured steps at each bound.
 

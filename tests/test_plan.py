@@ -549,9 +549,13 @@ def test_a_cpu_s_step_is_timed_on_the_real_model_and_leaves_no_trace(kind, check
     config = small(kind).to_dict()
     setup = memory.Setup(config, 64, micro_batch=2, accumulation=1, stage=None, checkpointing=checkpointing)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    low, middle, high, source = cpu.utilization(config, setup)
-    assert 0 < low < middle < high and "by the parts of a step" in source
-    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+    try:
+        torch.set_num_threads(2)
+        low, middle, high, source = cpu.utilization(config, setup)
+        assert 0 < low < middle < high and "by the parts of a step" in source
+        assert torch.get_num_threads() == 2 and torch.equal(torch.get_rng_state(), state)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_small_tensors_keep_32_bit_state_as_bitsandbytes_has_it():
