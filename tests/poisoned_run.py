@@ -5,16 +5,21 @@
     nan_from, gradient_from: from this step on, loss or gradient of `rank` are not finite
     weights_from: once this many steps are done, the embedding of `rank` is NaN
     limit_from: from this step on, `rank` (null: all) can write no file of more than `limit` bytes
+    apart: at this step rank 0 saves once rank 1, which fails, has removed all, and that goes on once rank 0 has ended
     witness: a directory; each rank writes the rows it saw at every step and hashes of its weights and optimizer
 
 Words after the fault are run_pretrain.py's own.
 """
 
+import fcntl
 import hashlib
 import json
 import math
+import os
 import resource
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -25,6 +30,7 @@ import run_pretrain
 
 FAULT = {"rank": run_pretrain.RANK, "nan_row": None, "spike_row": None, "spike_from": 46, "witness": None}
 FAULT |= {"nan_from": math.inf, "gradient_from": math.inf, "weights_from": math.inf, "limit_from": math.inf, "limit": 0}
+FAULT |= {"apart": None}
 make_trainer = run_pretrain.make_trainer
 
 
@@ -81,9 +87,34 @@ class Witness(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
 
+def keep_apart():
+    """The widest gap there can be between two ranks in a save that fails on the second."""
+    remove, save = shutil.rmtree, torch.save
+    lives = os.open(Path(FAULT["witness"], "rank0.lives"), os.O_CREAT | os.O_RDWR)
+    ill = f"global_step{FAULT['apart']}"
+
+    def save_once_removed(content, path, **options):
+        while ill in str(path) and Path(path).parent.exists():
+            time.sleep(0.01)
+        save(content, path, **options)
+
+    def remove_and_wait(path, **options):
+        remove(path, **options)
+        if Path(path).name == f"checkpoint-{FAULT['apart']}":
+            fcntl.flock(lives, fcntl.LOCK_SH)
+
+    if run_pretrain.RANK == 0:
+        fcntl.flock(lives, fcntl.LOCK_EX)
+        torch.save = save_once_removed
+    else:
+        shutil.rmtree = remove_and_wait
+
+
 def poisoned(*args):
     trainer, log = make_trainer(*args)
     trainer.add_callback(Witness(trainer))
+    if FAULT["apart"]:
+        keep_apart()
     return trainer, log
 
 

@@ -112,9 +112,9 @@ def one_error(rank, world_size, where):
         status = getattr(error, "status", None)  # of an error that is no mistake of the program's, as a full disk
         if world_size == 1 and status is None:
             raise
-        lost = LOST.search(str(error)) is not None
+        lost = _is_lost(error)
         silent = _silent_ranks(rank, world_size) if lost else None
-        first, told = (True, status) if world_size == 1 else _first_status(rank, lost, status)
+        first, told = fails_first(rank, world_size, error)
         if first:
             if status is not None:
                 print(f"run_pretrain.py: error: {error}", file=sys.stderr)
@@ -155,8 +155,14 @@ def _told():
     return Path(tempfile.gettempdir(), f"smolpretrain-told-{parent}-{begun}-{os.environ.get('MASTER_PORT')}-{again}")
 
 
-def _first_status(rank, lost, status):
-    """Whether no other rank has told an error yet, and the status of the one that has."""
+def fails_first(rank, world_size, error):
+    """Whether no other rank has told an error yet, and the exit status of the one that has; asked again, the same.
+
+    Ask before anything is undone that the other ranks work on: what they then run into must find this rank's told.
+    """
+    status = getattr(error, "status", None)
+    if world_size == 1:
+        return True, status
     mine = f"{rank} {status or 1}"
     try:
         _store().set_timeout(timedelta(seconds=STORE_SECONDS))
@@ -165,8 +171,12 @@ def _first_status(rank, lost, status):
             with contextlib.suppress(OSError):
                 _told().write_text(mine)
     except (RuntimeError, ValueError):  # the store has ended with the first rank, or is not there yet
-        told = _tell_by_file(mine, may=not lost or rank == 1)
+        told = _tell_by_file(mine, may=not _is_lost(error) or rank == 1)
     return told == mine, int((told or "0 1").split()[1])
+
+
+def _is_lost(error):
+    return LOST.search(str(error)) is not None
 
 
 def _tell_by_file(mine, may):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from . import checkpoints, compression, optimizers, schedule, space
+from . import checkpoints, compression, optimizers, ranks, schedule, space
 from .divergence import Divergence
 from .experts import Experts
 from .terms import Terms
@@ -188,7 +188,9 @@ class PretrainTrainer(Trainer):
         directory = Path(args.output_dir, f"checkpoint-{self.state.global_step}")
         try:
             self._write_checkpoint(directory, model, trial)
-        except Exception:
+        except Exception as error:
+            full = space.explain(error, args.output_dir, self.checkpoint_bytes)
+            ranks.fails_first(args.process_index, args.world_size, full or error)  # the others still write there
             if not (directory / checkpoints.MANIFEST).exists():
                 shutil.rmtree(directory, ignore_errors=True)  # a part of a checkpoint is of no use, and takes room
             raise
