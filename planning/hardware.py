@@ -4,6 +4,7 @@ Vendors print tensor-core peaks with 2:4 sparsity, which training does not use: 
 and for GeForce the one with fp32 accumulation, which is what training runs.
 """
 
+import functools
 import os
 import time
 from typing import NamedTuple
@@ -138,6 +139,7 @@ def product_rate(seconds, clock=time.perf_counter):
     return 2 * 1024 * 2048 * 2048 / best
 
 
+@functools.cache  # the plan and the record of a run ask, 0.3 s each
 def measure_cpu():
     """This machine's CPU: its matrix product measured with the threads torch was given, its memory as it says."""
     import torch

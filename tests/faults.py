@@ -9,6 +9,7 @@ the ranks are run_pretrain.main with its own Trainer, DeepSpeed and process grou
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -187,6 +188,7 @@ def rank_process(rank, world, port, request, all_there):
 
 def serve(answers):
     """Answer each request line {words, world, log, fault, rows} with the ranks' pids, then with their statuses."""
+    gc.freeze()  # or each rank's first look for garbage copies every page of what was imported
     port = free_port()  # for all, so that one finds what another has left
     for line in sys.stdin:
         request = json.loads(line)
