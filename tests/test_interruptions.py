@@ -521,6 +521,77 @@ def test_a_new_run_from_a_checkpoint_s_weights_says_so(left_alone, words, where,
     assert json.loads((fresh / "run.json").read_text())["arguments"]["init_from"] == str(origin)
 
 
+def test_what_resumed_runs_are_compared_in_is_8_bit_state_beside_32_bit_embeddings(left_alone):
+    """So that assert_equal_runs compares the files of both kinds, of both ranks."""
+    for rank in (0, 1):
+        (shard,) = left_alone.glob(f"checkpoint-{STEPS}/global_step*/*_pp_rank_{rank}_*optim_states.pt")
+        state = torch.load(shard, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]["state"]
+        held = [state[group]["__bnb_optimizer_quant_state__"] for group in sorted(state)]
+        kinds = [{each[name].dtype for name in ("state1", "state2")} for each in held]
+        assert kinds == [{torch.uint8}, {torch.float32}, {torch.float32}]  # of matrices, embeddings, norms
+
+
+def torchrun(output_dir, words, *script):
+    """Two ranks as a user without DeepSpeed launches them; (status, what they printed)."""
+    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port(), *script]
+    done = subprocess.run([*command, *words, f"output_dir={output_dir}"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def assert_same_state(one, other, steps):
+    """As assert_equal_runs, of runs without DeepSpeed: every tensor of the optimizer's state by itself."""
+    assert losses(one) == losses(other) and len(losses(one)) == steps
+    ends = [directory / f"checkpoint-{steps}" for directory in (one, other)]
+    weights = [load_file(end / "model.safetensors") for end in ends]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    held = [torch.load(end / "optimizer.pt", weights_only=True)["state"] for end in ends]
+    state = [{(at, key): torch.as_tensor(v) for at, of in each.items() for key, v in of.items()} for each in held]
+    assert state[0].keys() == state[1].keys() and all(torch.equal(v, state[1][key]) for key, v in state[0].items())
+    return {key for _, key in state[0]}
+
+
+@pytest.mark.parametrize(
+    ("optim", "more", "keys"),
+    [
+        ("muon", [], {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}),
+        ("schedule_free_adamw", ["lr_scheduler_type=constant"], {"z", "exp_avg_sq"}),
+    ],
+)
+def test_two_ranks_of_an_optimizer_without_zero_resume_bit_identical(words, where, ranks, optim, more, keys):
+    """Left alone as forked ranks; stopped by a signal to one rank in the middle of an epoch, then resumed."""
+    if optim.startswith("schedule_free"):
+        pytest.importorskip("schedulefree")
+    lines = [*words, "deepspeed=null", f"optim={optim}", "max_steps=9", *more]
+    statuses, text = ranks.run(where / f"{optim}-alone", lines)
+    assert statuses == [0, 0], text[-2000:]
+    stopped, fired = where / f"{optim}-stopped", where / f"{optim}.jsonl"
+    fault = {"point": "substep", "at": 5, "rank": 1, "do": "SIGTERM"}
+    if optim == "muon":
+        status, text = torchrun(stopped, lines, *held(fired, **fault))
+        assert status == 1 and len(fired.read_text().splitlines()) == 1, text[-3000:]  # torchrun hides the 75
+        at = assert_stopped_whole(stopped, text)
+        status, text = torchrun(stopped, lines, "run_pretrain.py")
+        assert status == 0, text[-3000:]
+    else:
+        assert ranks.run(stopped, lines, fault)[0] == [75, 75]
+        at = assert_stopped_whole(stopped, ranks.log.read_text())
+        statuses, text = ranks.run(stopped, lines)
+        assert statuses == [0, 0], text[-2000:]
+    assert at == 5 and f"going on from {stopped}/checkpoint-5" in text
+    assert assert_same_state(where / f"{optim}-alone", stopped, 9) >= keys
+    results = [
+        json.loads((where / f"{optim}-{how}" / "run.json").read_text())["result"] for how in ("alone", "stopped")
+    ]
+    assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
+
+
+def test_muon_under_zero_is_refused_by_two_ranks_in_one_line(words, where, ranks):
+    statuses, text = ranks.run(where / "muon-zero2", [*words, "optim=muon"])
+    assert statuses[0] == 2 and text.count("error:") == 1 and "Traceback" not in text
+    assert "optim = muon works on whole tensors" in text and "set deepspeed=null" in text
+
+
 def rows_by_step(directory):
     """{step: rows' hashes, sorted, over all ranks}."""
     rows = {}
