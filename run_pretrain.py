@@ -261,13 +261,15 @@ def train(made, args, checkpoint):
     at_step = lambda: f"at step {made.state.global_step + 1}"  # noqa: E731
     with ranks.one_error(RANK, args.world_size, at_step):
         made.train(resume_from_checkpoint=checkpoint)
-    guards.leave_on_signal()
+    stopped = stop.stopped or stop.heard
+    if made.divergence.ended or not stopped:
+        guards.leave_on_signal()
     if made.divergence.ended:
         fail(made.divergence.ended, divergence.DIVERGED)
     step = made.state.global_step
-    if stop.stopped or stop.heard:
+    if stopped or stop.heard:
         why = f" ({stop.heard})" if stop.heard else ""
-        if RANK == 0:
+        if RANK == 0:  # still deaf: its launcher signals it as soon as another rank has ended
             record.write_run(args.output_dir, last_stop={"step": step, "by": stop.heard or "another rank"})
         say(f"stopped at step {step}{why}: checkpoint-{step} is whole, the same command goes on from it.")
         sys.exit(guards.INTERRUPTED)

@@ -21,12 +21,15 @@ from ports import free_port
 from training import guards, ranks, space
 
 WORLD = 2
+SIGNALLED = "rank 0 raises and is signalled before it has shown that"
 BEFORE_THEY_MEET = ("both raise before they have met", "rank 1 raises before rank 0 has begun, which raises too")
 
 
 def fail(case, rank):
     """One rank's part of a case; the other is in a collective then, or fails as well."""
-    if case == f"rank {rank} raises" or case == "both raise":
+    if case == SIGNALLED:
+        guards.leave_on_signal()
+    if case == f"rank {rank} raises" or case == "both raise" or (case == SIGNALLED and rank == 0):
         raise KeyError(f"boom of {rank}")
     if case in ("both meet a full disk", f"rank {rank} meets a full disk"):
         raise space.NoSpace("the disk is full.")
@@ -63,7 +66,13 @@ def rank_process(case, rank, port, log):
     if case == "rank 1 raises before rank 0 has begun, which raises too" and rank == 0:
         while "boom of 1" not in log.read_text():
             time.sleep(0.01)
-    with ranks.one_error(rank, WORLD, lambda: "at step 7"):
+
+    def where():
+        if case == SIGNALLED and rank == 0:  # by its launcher, which has found the other ended
+            os.kill(os.getpid(), signal.SIGTERM)
+        return "at step 7"
+
+    with ranks.one_error(rank, WORLD, where):
         if case in BEFORE_THEY_MEET:
             raise KeyError(f"boom of {rank}")
         dist.init_process_group("gloo", timeout=timedelta(seconds=40))
@@ -101,5 +110,5 @@ def run(case, log):
 if __name__ == "__main__":
     cases = ["both raise", *BEFORE_THEY_MEET, "both meet a full disk"]
     cases += [f"rank {rank} {what}" for what in ("raises", "meets a full disk", "is killed") for rank in range(WORLD)]
-    cases += ["rank 0 is asked to stop, rank 1 is killed", "rank 1 hangs"]
+    cases += [SIGNALLED, "rank 0 is asked to stop, rank 1 is killed", "rank 1 hangs"]
     print(json.dumps({case: run(case, Path(sys.argv[1], case)) for case in cases}))

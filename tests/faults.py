@@ -36,11 +36,11 @@ IN_CHECKPOINT = re.compile(r"checkpoint-\d+(/|$)")
 
 class Fault(TrainerCallback):
     """Points: prepare, begin, substep, step, prediction, end (after training), and in checkpoints file (each written),
-    choice (each manifest read) and rotation (each removed).
+    choice (each manifest read) and rotation (each removed); stopped, before the first rank notes an agreed stop.
 
     Does: kill all, raise, sleep SECONDS, SIGTERM ... to this rank, group SIGTERM to all ranks and their children, await
-    stop until this rank has heard why to stop, await end until then or its launcher's end, count. `first`: in so many
-    launches only.
+    stop until this rank has heard why to stop, await end until then or its launcher's end, await signal until one more
+    has come, count. `first`: in so many launches only.
     """
 
     stop = None
@@ -66,6 +66,11 @@ class Fault(TrainerCallback):
             raise torch.OutOfMemoryError("out of memory, as injected")
         elif self.do.startswith("sleep"):
             time.sleep(float(self.do.split()[1]))
+        elif self.do == "await signal":
+            came, handler = [], signal.getsignal(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, lambda *told: (came.append(told), handler(*told)))
+            while not came:
+                time.sleep(0.05)
         elif self.do.startswith("await"):
             until = time.monotonic() + 600
             while not self.stop.heard and time.monotonic() < until:
@@ -85,6 +90,11 @@ class Fault(TrainerCallback):
             setattr(owner, name, self.around(getattr(owner, name)))
         score = run_pretrain.score_held_out
         run_pretrain.score_held_out = lambda *args: (self.reach("end"), score(*args))[1]
+        note = run_pretrain.record.write_run
+        run_pretrain.record.write_run = lambda *args, **entries: (
+            entries.get("last_stop") and self.reach("stopped"),
+            note(*args, **entries),
+        )
 
     def around(self, write):
         def written(*args, **kwargs):

@@ -391,8 +391,10 @@ def test_stop_and_save_files_are_heard(words, where, ranks):
     output_dir = where / "stop"
     output_dir.mkdir()
     (output_dir / "STOP").touch()
-    statuses, text = ranks.run(output_dir, words)
+    others_ended = {"point": "stopped", "at": 1, "do": "await signal"}  # launchers signal the first rank then
+    statuses, text = ranks.run(output_dir, words, others_ended)
     assert statuses == [75, 75] and assert_stopped_whole(output_dir, text) == 1 and not (output_dir / "STOP").exists()
+    assert launcher.asked_to_stop(output_dir)  # or a loop would start it again
 
 
 def test_a_spot_notice_stops_the_run(words, where, ranks, metadata):  # noqa: F811

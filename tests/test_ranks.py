@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 from conftest import ROOT
-from failing_ranks import BEFORE_THEY_MEET
+from failing_ranks import BEFORE_THEY_MEET, SIGNALLED
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +32,11 @@ def test_the_rank_that_raises_shows_its_error_and_the_other_none(failed, rank):
     assert statuses == [1, 1] and text.count("Traceback") == 1
     assert f"rank {rank} failed at step 7:" in text and f"KeyError: 'boom of {rank}'" in text
     assert "does not answer" not in text
+
+
+def test_a_rank_that_has_told_its_error_shows_it_whatever_its_launcher_signals_meanwhile(failed):
+    statuses, text = failed[SIGNALLED]
+    assert statuses == [1, 1] and text.count("Traceback") == 1 == text.count("KeyError: 'boom of 0'"), text
 
 
 @pytest.mark.parametrize("case", ["both raise", *BEFORE_THEY_MEET])

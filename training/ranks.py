@@ -6,6 +6,7 @@ Both go through the launch's key-value store, never through a collective: that w
 import contextlib
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -16,6 +17,8 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 from transformers import TrainerCallback
+
+from .guards import SIGNALS
 
 # Gloo's and NCCL's words for a rank that does not answer any more.
 LOST = re.compile(r"closed by (?:the )?peer|reset by peer|Broken pipe|refused|timed out|timeout|remote process", re.I)
@@ -109,6 +112,9 @@ def one_error(rank, world_size, where):
     try:
         yield
     except Exception as error:
+        if world_size > 1:  # once another has ended the launcher signals this one, which might leave without its error
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
         status = getattr(error, "status", None)  # of an error that is no mistake of the program's, as a full disk
         if world_size == 1 and status is None:
             raise
@@ -167,9 +173,7 @@ def fails_first(rank, world_size, error):
     try:
         _store().set_timeout(timedelta(seconds=STORE_SECONDS))
         told = _store().compare_set("failed", "", mine).decode()
-        if told == mine:
-            with contextlib.suppress(OSError):
-                _told().write_text(mine)
+        _tell_by_file(told, may=True)  # before this rank ends, and maybe the store with it
     except (RuntimeError, ValueError):  # the store has ended with the first rank, or is not there yet
         told = _tell_by_file(mine, may=not _is_lost(error) or rank == 1)
     return told == mine, int((told or "0 1").split()[1])
