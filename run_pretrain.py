@@ -10,8 +10,6 @@ import gc
 import os
 import signal
 import sys
-import time
-from argparse import ArgumentParser
 from itertools import islice
 
 if __name__ == "__main__":  # a signal during ten seconds of imports: nothing has begun
@@ -70,11 +68,9 @@ def say(sentence):
 
 
 def fail(error, status=2):
-    """One line from the first rank, the exit status on all; the others wait, or a launcher would cut the line off."""
-    if RANK != 0:
-        time.sleep(60)
-        sys.exit(status)
-    ArgumentParser(prog="run_pretrain.py").exit(status, f"run_pretrain.py: error: {' '.join(str(error).split())}\n")
+    """One line for all ranks, and the exit status on each."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    ranks.refuse(RANK, world_size, ranks.Refusal(" ".join(str(error).split()), status))
 
 
 def describe_run(model_args, data_args, args, config, manifest, rows):

@@ -166,7 +166,8 @@ class Uploads(TrainerCallback):
         """Leave at once: what is not sent waits in UNSENT for the same command, or for publish.py."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
-            self.say(f"not uploaded yet: {', '.join(self._waiting())}; the same command sends them.")
+            if waiting := self._waiting():  # else all of it is sent, and only the process's end was not seen yet
+                self.say(f"not uploaded yet: {', '.join(waiting)}; the same command sends them.")
         self.process = None
 
     def finish(self):

@@ -36,6 +36,8 @@ def fail(case, rank):
     if case == "rank 0 is asked to stop, rank 1 is killed":
         guards.StopTogether(".")
         os.kill(os.getpid(), signal.SIGTERM if rank == 0 else signal.SIGKILL)
+    if case == f"rank {rank} is refused":
+        ranks.refuse(rank, WORLD, ranks.Refusal("rows: the connection was refused.", 2))
     if case == f"rank {rank} is killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if case == "rank 1 hangs" and rank == 1:
@@ -80,6 +82,7 @@ def rank_process(case, rank, port, log):
         dist.barrier()
         left = Path(f"{log}.{rank}"), Path(f"{log}.{1 - rank}")
         left[0].touch()
+        ranks.REFUSAL_SECONDS = 1
         while not left[1].exists():  # or a rank that fails would break the barrier of one still in it
             time.sleep(0.01)
         if case == "rank 1 hangs":
@@ -95,6 +98,8 @@ def run(case, log):
         if (pid := os.fork()) == 0:
             try:
                 rank_process(case, rank, port, log)
+            except SystemExit as left:
+                os._exit(left.code)
             finally:
                 os._exit(99)  # one_error ends a rank that fails
         pids.append(pid)
@@ -109,6 +114,10 @@ def run(case, log):
 
 if __name__ == "__main__":
     cases = ["both raise", *BEFORE_THEY_MEET, "both meet a full disk"]
-    cases += [f"rank {rank} {what}" for what in ("raises", "meets a full disk", "is killed") for rank in range(WORLD)]
+    cases += [
+        f"rank {rank} {what}"
+        for what in ("raises", "meets a full disk", "is refused", "is killed")
+        for rank in range(WORLD)
+    ]
     cases += [SIGNALLED, "rank 0 is asked to stop, rank 1 is killed", "rank 1 hangs"]
     print(json.dumps({case: run(case, Path(sys.argv[1], case)) for case in cases}))

@@ -53,6 +53,12 @@ def test_an_error_with_a_status_is_one_line_and_the_status_of_both(failed, who):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_alone_is_refused_says_it_and_the_other_which_waits_for_it_says_nothing(failed, rank):
+    statuses, text = failed[f"rank {rank} is refused"]
+    assert statuses == [2, 2] and text.splitlines() == ["run_pretrain.py: error: rows: the connection was refused."]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_is_named_by_the_other(failed, rank):
     statuses, text = failed[f"rank {rank} is killed"]
     assert statuses == ([-9, 1] if rank == 0 else [1, -9])

@@ -1,5 +1,6 @@
 """All ranks stop together: a signal to any of them, a STOP file or a launcher's death ends the run at one step."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -24,7 +25,8 @@ def leave_on_signal():
 
 def _leave(number, frame):
     for child in psutil.Process().children(recursive=True):  # processes that prepare would be waited for
-        child.terminate()
+        with contextlib.suppress(psutil.NoSuchProcess):  # Ctrl-C reaches all of them at once
+            child.terminate()
     if os.environ.get("RANK", "0") == "0":
         os.write(1, f"{signal.Signals(number).name}: stopped, nothing is lost, the same command goes on.\n".encode())
     sys.exit(INTERRUPTED)

@@ -23,6 +23,7 @@ from .guards import SIGNALS
 # Gloo's and NCCL's words for a rank that does not answer any more.
 LOST = re.compile(r"closed by (?:the )?peer|reset by peer|Broken pipe|refused|timed out|timeout|remote process", re.I)
 STORE_SECONDS = 10  # a store that answers does so in milliseconds
+REFUSAL_SECONDS = 60  # between the first rank's refusal and another's lie seconds
 MEETING_SECONDS = 1800  # the ranks of a launch meet within, or torch ends them (its default_pg_timeout)
 
 
@@ -140,6 +141,28 @@ def one_error(rank, world_size, where):
         os._exit(told or 1)  # the launcher passes on the status of whichever rank it finds ended
 
 
+class Refusal(Exception):
+    """A sentence for the user, with the exit status of all ranks."""
+
+    def __init__(self, sentence, status):
+        super().__init__(sentence)
+        self.status = status
+
+
+def refuse(rank, world_size, refusal):
+    """End with a refusal's line and status: the first rank's, which meets what the others meet; they wait.
+
+    A launcher would cut that line off, had another ended before it. One that has waited for a minute was refused alone,
+    and says it.
+    """
+    if rank != 0:
+        time.sleep(REFUSAL_SECONDS)
+    first, told = fails_first(rank, world_size, refusal)  # a rank that now finds the first gone has no error to show
+    if first or rank == 0:
+        print(f"run_pretrain.py: error: {refusal}", file=sys.stderr, flush=True)
+    sys.exit(refusal.status if rank == 0 else told)
+
+
 def _silent_ranks(rank, world_size):
     """Which ranks have not noticed, as this one has, that one is missing: the missing one is among them."""
     try:
@@ -180,7 +203,8 @@ def fails_first(rank, world_size, error):
 
 
 def _is_lost(error):
-    return LOST.search(str(error)) is not None
+    """Whether an error is about another rank: one with a status is a sentence of this program's, whatever its words."""
+    return getattr(error, "status", None) is None and LOST.search(str(error)) is not None
 
 
 def _tell_by_file(mine, may):
