@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import bitsandbytes  # noqa: F401, Trainer imports it where the optimizer is made, 0.8 s of a core in each rank
 import torch
 import transformers
 from ports import free_port
