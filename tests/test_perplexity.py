@@ -249,6 +249,12 @@ def test_loads_through_evaluate_by_path_and_agrees(saved, model, tokenizer, give
     assert result == close(summarize(score(model, tokenizer, window=32, stride=8)))
 
 
+def test_what_needs_no_metric_of_evaluate_does_not_import_it():
+    code = "import sys, smolpretrain.eval.judge; print('evaluate' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("False")
+
+
 def launch(words):
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, SCRIPT, *words.split()], capture_output=True, text=True, env=environment)
