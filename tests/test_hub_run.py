@@ -13,12 +13,14 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, SECRETS
+from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM
 
 from smolpretrain.arguments import PretrainArguments
 from smolpretrain.command_line import parse_args
-from smolpretrain.hub import uploads
+from smolpretrain.hub import folder, uploads
 from smolpretrain.hub.connection import Repository
 
 WORDS = ("deepspeed=null", "optim=adamw_torch", "sample_steps=0", "push_to_hub=true", "hub_license=apache-2.0")
@@ -69,6 +71,32 @@ def test_a_hub_that_refuses_for_good_does_not_end_training_and_is_said_once(hub,
     launch(sys.executable, *shlex.split(repeat)[1:], **environment)
     branches = {"main", *(f"step{step}-tokens0M" for step in (0, 10, 20, 30))}
     assert set(hub.repos["model", "user/refused"].refs) == branches and not list((out / "unsent").glob("step*"))
+
+
+@pytest.mark.slow
+def test_weights_shared_out_by_zero_3_are_published_whole_and_score_as_the_run_did(hub, launch, small_words, tmp_path):
+    hub.faults.clear()
+    out, environment = tmp_path / "out", hub.environment(tmp_path / "hf")
+    words = [*small_words, "deepspeed=ds_configs/zero3.json", *WORDS[2:], "hub_model_id=user/shared", "max_steps=6"]
+    command = ("deepspeed", "--num_gpus", "2", "run_pretrain.py", *words, "save_steps=3", f"output_dir={out}")
+    assert f"published: {hub.endpoint}/user/shared" in launch(*command, OMP_NUM_THREADS="1", **environment).stdout
+    repo = hub.repos["model", "user/shared"]
+    places = {"main": out, "step3-tokens0M": out / "checkpoint-3", "step6-tokens0M": out / "checkpoint-6"}
+    assert set(repo.refs) == set(places)
+    for branch, place in places.items():
+        files = repo.files(branch)
+        assert all(folder.ALLOWED.fullmatch(name) or name == ".gitattributes" for name in files), sorted(files)
+        sent, own = load(files["model.safetensors"]), load_file(place / "model.safetensors")
+        assert "lm_head.weight" not in sent and sent.keys() == own.keys() - {"lm_head.weight"}
+        assert all(torch.equal(tensor, own[name]) for name, tensor in sent.items())
+    result = json.loads((out / "run.json").read_text())["result"]
+    settings = [f"--{name}={result['held_out'][name]}" for name in ("window", "stride", "prefix")]
+    documents, scores = (out / "prepared").glob("validation*.jsonl"), tmp_path / "scores.json"
+    judge = ("python", "eval/perplexity.py", "--model", "user/shared", *settings, "--dtype", "float32")
+    launch(*judge, "--data_files", *documents, "--output", scores, **environment)
+    found = json.loads(scores.read_text())
+    assert found["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-6)
+    assert found["documents"] == result["held_out"]["documents"]
 
 
 def at(step, last=False):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -185,6 +186,23 @@ def test_a_text_is_written_as_it_grows_beside_another_and_stop_frees_the_process
         assert abs(figure(shown, "run") - figure(shown, "run/checkpoint-5")) <= 1, "they take turns"
         assert 1 < figure(shown, "run") < 512
         assert run.locator("p").inner_text().startswith(PROMPT), "what was given is text, not markup"
+
+
+def test_a_window_that_is_closed_in_mid_writing_frees_the_processor(server, browser):
+    address, process, _ = server
+    with visit(browser, address) as shown:
+        ask_for(shown, PROMPT, 512)
+        before = until_it_rests(process)
+        shown.get_by_role("button", name="Continue").click()
+        region(shown, "run").get_by_text("writing ...").wait_for()
+        while processor_seconds(process) - before < 1:
+            shown.wait_for_timeout(50)
+        written = figure(shown, "run")
+        shown.close()
+        closed = processor_seconds(process)
+        rest = (closed - before) / written * (512 - written)
+        spent = until_it_rests(process) - closed
+        assert spent < rest / 4, f"{spent} s after closing, of {rest} s for what was left to write"
 
 
 def test_a_finished_text_says_its_figures_and_a_refusal_leaves_it(server, browser):
@@ -484,6 +502,39 @@ def test_on_a_space_a_model_that_is_not_there_is_a_page_of_one_line_without_the_
             assert token not in content and "Traceback" not in content
             shown.close()
         assert hub.count("GET", "user/none") + hub.count("HEAD", "user/none") > 0
+
+
+def test_on_a_space_a_model_that_is_corrupt_on_the_hub_is_a_page_of_one_line_without_the_token(browser, tmp_path):
+    token = "hf_" + "a1B2" * 9
+    save(tmp_path / "model", 64, 1)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    tokenizer = {name for name in whole if name.startswith(("tokenizer", "special_tokens"))}
+    reasons = {"cut": "deserializing header", "config": "is not a valid JSON file", "wordless": "the backend tokenizer"}
+    repositories = {
+        "cut": whole | {"model.safetensors": whole["model.safetensors"][:5000]},
+        "config": whole | {"config.json": b"<html>busy</html>"},
+        "wordless": {name: content for name, content in whole.items() if name not in tokenizer},
+    }
+    with LoopbackHub() as hub, contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
+        hub.tokens[token] = ("user", "read")
+
+        def start(name):
+            hub.add("model", f"user/{name}", repositories[name], private=True)
+            environment = hub.environment(tmp_path / f"home-{name}", token)
+            environment |= {"SPACE_ID": "user/demo", "MODEL_ID": f"user/{name}"}
+            return stack.enter_context(served(where=tmp_path, **environment))
+
+        for name, (address, _, log) in zip(repositories, pool.map(start, repositories), strict=True):
+            shown = browser.new_page()
+            shown.set_default_timeout(1000 * PATIENCE)
+            shown.goto(address)
+            alert = shown.get_by_role("alert").filter(has_text=f"user/{name} cannot be loaded: ")
+            alert.wait_for()
+            assert reasons[name] in alert.inner_text()  # not that the Hub is not there
+            assert "\n" not in alert.inner_text() and len(alert.inner_text()) < 400
+            content = shown.content() + httpx.get(f"{address}config", timeout=PATIENCE).text + log.read_text()
+            assert token not in content and "Traceback" not in content
+            shown.close()
 
 
 def test_an_error_s_line_shows_no_token(monkeypatch):
