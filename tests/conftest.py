@@ -25,6 +25,7 @@ from ports import free_port
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup's jobs ignore it, and so would all that tests start
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECRETS = {  # what a user's environment may hold, none of it real
     "HF_TOKEN": "hf_" + "x0Y1" * 9,
