@@ -268,9 +268,6 @@ def export(network, tokenizer, output_dir, bf16, state=None):
         bf16: Write bfloat16, as bf16 runs do; else float32.
         state: Weights gathered from ranks, where network holds only this rank's share.
     """
-    if state is not None and network.config.tie_word_embeddings:
-        for name in network._tied_weights_keys or {}:
-            state.pop(name, None)
     if bf16 and state is None:
         network.to(torch.bfloat16)
     if network.config.pad_token_id == network.config.eos_token_id:
