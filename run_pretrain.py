@@ -12,7 +12,7 @@ import signal
 import sys
 from itertools import islice
 
-if __name__ == "__main__":  # a signal during ten seconds of imports: nothing has begun
+if __name__ == "__main__":  # a signal during the seconds of imports: nothing has begun
     gc.disable()  # until main(): 0.6 of 3.3 s of imports went into looking for garbage
     for _number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(_number, lambda *_: sys.exit(os.EX_TEMPFAIL))
@@ -349,5 +349,6 @@ def story(argv):
 
 
 if __name__ == "__main__":
-    gc.freeze(), gc.enable()  # none is among what was imported
+    gc.freeze()  # none is among what was imported
+    gc.enable()
     main()

@@ -162,14 +162,20 @@ def until_it_rests(process):
     return processor_seconds(process)
 
 
+def begin_to_write(shown, process):
+    """Let the models write 512 tokens each; returns the processor seconds before, once the first are shown."""
+    ask_for(shown, PROMPT, 512)
+    before = until_it_rests(process)
+    shown.get_by_role("button", name="Continue").click()
+    region(shown, "run").get_by_text("writing ...").wait_for()
+    return before
+
+
 def test_a_text_is_written_as_it_grows_beside_another_and_stop_frees_the_processor(server, browser):
     address, process, _ = server
     with visit(browser, address) as shown:
-        ask_for(shown, PROMPT, 512)
-        before = until_it_rests(process)
-        shown.get_by_role("button", name="Continue").click()
+        before = begin_to_write(shown, process)
         run, checkpoint = region(shown, "run"), region(shown, "run/checkpoint-5")
-        run.get_by_text("writing ...").wait_for()
         first = figure(shown, "run")
         shown.wait_for_function(f"parseInt(document.querySelector('.written footer').innerText) > {first}")
         while processor_seconds(process) - before < 1:
@@ -191,10 +197,7 @@ def test_a_text_is_written_as_it_grows_beside_another_and_stop_frees_the_process
 def test_a_window_that_is_closed_in_mid_writing_frees_the_processor(server, browser):
     address, process, _ = server
     with visit(browser, address) as shown:
-        ask_for(shown, PROMPT, 512)
-        before = until_it_rests(process)
-        shown.get_by_role("button", name="Continue").click()
-        region(shown, "run").get_by_text("writing ...").wait_for()
+        before = begin_to_write(shown, process)
         while processor_seconds(process) - before < 1:
             shown.wait_for_timeout(50)
         written = figure(shown, "run")
