@@ -12,13 +12,8 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
-if __package__:
-    from . import ds_configs, limits
-    from .data.arguments import CorpusArguments, one_of
-else:
-    import ds_configs
-    import limits
-    from data.arguments import CorpusArguments, one_of
+from smolpretrain import ds_configs, limits
+from smolpretrain.data.arguments import CorpusArguments, one_of
 
 STREAM_DOCUMENTS = 20_000  # at 2 kB each 40 MB of text: seconds to prepare, 100 held out at the default fraction
 SAME_ON_RESUME = (

@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = os.EX_TEMPFAIL  # 75, as the ranks say it
 BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM, 256 - signal.SIGTERM)  # as subprocess, shells, DeepSpeed say it
-STOP_FILE = "its STOP file"  # as training/guards.py says it in run.json
+STOP_FILE = "its STOP file"  # as training/safety/guards.py says it in run.json
 END = (0, 2, 3, 4, 5, 6)  # done, or what another start would meet again
 DEFAULT_OUTPUT_DIR = "runs/pretrain"  # of arguments.py, which takes seconds to import
 PAUSE_SECONDS = 5  # before another start: ports and GPUs of the last one are free again
@@ -87,10 +88,9 @@ def run(command, heard):
 
 def output_dir(command):
     """Where the run keeps its checkpoints, from the words after the script; None where it will refuse them."""
-    if __package__:
-        from .command_line import collect
-    else:
-        from command_line import collect
+    if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+        runpy.run_path(str(Path(__file__).resolve().parent / "in_place.py"))
+    from smolpretrain.command_line import collect
 
     script = next((place for place, word in enumerate(command) if word.endswith((".py", "smolpretrain"))), 0)
     try:

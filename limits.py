@@ -11,10 +11,7 @@ from accelerate.utils import DynamoBackend
 from transformers import get_scheduler
 from transformers.utils import is_liger_kernel_available
 
-if __package__:
-    from .data.arguments import one_of
-else:
-    from data.arguments import one_of
+from smolpretrain.data.arguments import one_of
 
 RANGES = {
     "above 0": (

@@ -9,20 +9,19 @@ whose rate is measured.
 """
 
 import json
+import runpy
 import sys
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-if __package__:
-    from . import ds_configs
-    from .command_line import parse_args, read_json
-    from .planning import assemble, contradictions, counting, hardware, laws, report, scaling
-else:
-    import ds_configs
-    from command_line import parse_args, read_json
-    from planning import assemble, contradictions, counting, hardware, laws, report, scaling
+if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+    runpy.run_path(str(Path(__file__).resolve().parent / "in_place.py"))
+
+from smolpretrain import ds_configs
+from smolpretrain.command_line import parse_args, read_json
+from smolpretrain.planning import assemble, contradictions, counting, hardware, laws, report, scaling
 
 
 @dataclass
@@ -61,11 +60,9 @@ def run_arguments():
 
     Imported here because transformers, and with it torch, comes along (1 s).
     """
-    if __package__:
-        from . import arguments
-    else:
-        import arguments
     from typing import get_type_hints
+
+    from smolpretrain import arguments
 
     hints = get_type_hints(arguments.PretrainArguments)
     training = []

@@ -8,9 +8,11 @@ the order of that story; each call below is a room of its own. `--help` lists ev
 
 import gc
 import os
+import runpy
 import signal
 import sys
 from itertools import islice
+from pathlib import Path
 
 if __name__ == "__main__":  # a signal during the seconds of imports: nothing has begun
     gc.disable()  # until main(): 0.6 of 3.3 s of imports went into looking for garbage
@@ -18,6 +20,9 @@ if __name__ == "__main__":  # a signal during the seconds of imports: nothing ha
         signal.signal(_number, lambda *_: sys.exit(os.EX_TEMPFAIL))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"  # DeepSpeed's ninja
+
+if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+    runpy.run_path(str(Path(__file__).resolve().parent / "in_place.py"))
 
 import datasets
 import deepspeed
@@ -30,26 +35,27 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import IntervalStrategy
 
-if __package__:
-    from . import ds_configs
-    from .arguments import FREE_ON_RESUME, SAME_ON_RESUME, SCHEDULE, DataArguments, ModelArguments, PretrainArguments
-    from .command_line import collect, parse_args, place, resolve
-    from .data import corpus, packing, prepare, stream, tokenization
-    from .eval import generation, judge, provenance
-    from .eval import report as run_report
-    from .hub import uploads
-    from .planning import start
-    from .training import divergence, guards, held_out, lock, loss, model, ranks, record, resume, space, spot, trainer
-else:
-    import ds_configs
-    from arguments import FREE_ON_RESUME, SAME_ON_RESUME, SCHEDULE, DataArguments, ModelArguments, PretrainArguments
-    from command_line import collect, parse_args, place, resolve
-    from data import corpus, packing, prepare, stream, tokenization
-    from eval import generation, judge, provenance
-    from eval import report as run_report
-    from hub import uploads
-    from planning import start
-    from training import divergence, guards, held_out, lock, loss, model, ranks, record, resume, space, spot, trainer
+from smolpretrain import ds_configs
+from smolpretrain.arguments import (
+    FREE_ON_RESUME,
+    SAME_ON_RESUME,
+    SCHEDULE,
+    DataArguments,
+    ModelArguments,
+    PretrainArguments,
+)
+from smolpretrain.command_line import collect, parse_args, place, resolve
+from smolpretrain.data import preparation, prepared, stream
+from smolpretrain.data.collator import PackedCollator
+from smolpretrain.data.pack.manifest import Manifest
+from smolpretrain.data.read import corpus
+from smolpretrain.data.tokens import tokenization
+from smolpretrain.eval import report as run_report
+from smolpretrain.eval.parts import generation, judge, provenance
+from smolpretrain.hub import uploads
+from smolpretrain.planning import start
+from smolpretrain.training import held_out, loss, model, record, trainer
+from smolpretrain.training.safety import disk, divergence, guards, lock, ranks, resume, spot
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
 NOT_ARCHITECTURE = {"transformers_version", "use_cache", "_name_or_path", "dtype", "architectures"}
@@ -123,8 +129,8 @@ def prepare_data(model_args, data_args, args, config):
     else:
         tokenizer = tokenization.load_tokenizer(wanted)
     model.fit_config(config, tokenizer, data_args.block_size)
-    as_it_is = data_args.prepared_dir and not data_args.named and prepare.Manifest.stands_in(prepared_dir)
-    manifest = prepare.prepare(
+    as_it_is = data_args.prepared_dir and not data_args.named and Manifest.stands_in(prepared_dir)
+    manifest = preparation.prepare(
         corpus.read_documents(**data_args.reading),
         tokenizer,
         data_args.block_size,
@@ -150,7 +156,7 @@ def load_sets(data_args, args, tokenizer, prepared_dir, share):
         documents = corpus.read_documents(**data_args.reading)
         train = stream.open_stream(documents, tokenizer, **data_args.streamed, **share)
     else:
-        train = prepare.load_blocks(prepared_dir, "train")
+        train = prepared.load_blocks(prepared_dir, "train")
     if len(train) < a_step:
         raise ValueError(
             f"one step takes {a_step} rows (per_device_train_batch_size {args.per_device_train_batch_size} x "
@@ -160,7 +166,7 @@ def load_sets(data_args, args, tokenizer, prepared_dir, share):
     together = args.per_device_train_batch_size * args.world_size  # what ranks take at once
     if left_out := len(train) % together if args.dataloader_drop_last else 0:
         say(f"data: each epoch leaves out {left_out} of its {len(train):,} rows, others each time: they fill no batch.")
-    held_out = prepare.load_blocks(prepared_dir, "validation") if data_args.validation_fraction else []
+    held_out = prepared.load_blocks(prepared_dir, "validation") if data_args.validation_fraction else []
     if not len(held_out):
         args.eval_strategy = IntervalStrategy.NO
         say("no held-out row: held-out loss is not measured during training (see validation_fraction, block_size).")
@@ -194,7 +200,7 @@ def build_model(model_args, data_args, args, config):
 def make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, prepared_dir):
     """Network, rows, collator and record in one Trainer."""
     flash = network.config._attn_implementation == "flash_attention_2"
-    collator = packing.PackedCollator(tokenizer.eos_token_id, data_args.intra_document_masking, cu_seq_lens=flash)
+    collator = PackedCollator(tokenizer.eos_token_id, data_args.intra_document_masking, cu_seq_lens=flash)
     terms = start.utilization_terms(network.config.to_dict(), data_args.block_size, args.device)
     if RANK == 0:
         record.write_run(args.output_dir, **terms, hardware=provenance.hardware(args.device))
@@ -219,7 +225,7 @@ def make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, p
     )
     made.divergence.tell, made.measure = log.tell_bad_step, log.measure
     if len(sets[1]):
-        texts = islice(prepare.load_validation_documents(prepared_dir), 64)
+        texts = islice(prepared.load_validation_documents(prepared_dir), 64)
         made.bytes_per_token = held_out.bytes_per_token(tokenizer, list(texts))
     made.remove_callback(ProgressCallback)
     made.remove_callback(PrinterCallback)
@@ -232,15 +238,15 @@ def score_held_out(args, tokenizer, prepared_dir, window):
     The window is a training row: positions past it were never trained.
     """
     unset_hf_deepspeed_config()  # or ZeRO-3 would split these models too
-    documents = prepare.Manifest.load(prepared_dir).splits["validation"]["documents"]
-    spaced = islice(prepare.load_validation_documents(prepared_dir), 0, None, -(-documents // args.max_eval_documents))
+    documents = Manifest.load(prepared_dir).splits["validation"]["documents"]
+    spaced = islice(prepared.load_validation_documents(prepared_dir), 0, None, -(-documents // args.max_eval_documents))
     dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     config = AutoConfig.from_pretrained(args.output_dir)
     models = {
         "trained": lambda: AutoModelForCausalLM.from_pretrained(args.output_dir, dtype=dtype).to(args.device),
         "random": lambda: model.random_model(config, args.seed, None).to(args.device, dtype),
     }
-    counts = prepare.load_unigram_counts(prepared_dir)
+    counts = prepared.load_unigram_counts(prepared_dir)
     return judge.judge(models, counts, tokenizer, list(spaced), window, not args.disable_tqdm)
 
 
@@ -287,7 +293,7 @@ def story(argv):
         arguments = parse_args(words, ARGUMENTS)
         given = collect(words)
         model_args, data_args, args = arguments
-        space.check_writable(args.output_dir)
+        disk.check_writable(args.output_dir)
         ranks.bound_waiting(args.ddp_timeout)
         ranks.forget_shared_buffer(RANK)
         if RANK == 0 and (sentence := lock.take(args.output_dir)):
@@ -302,8 +308,8 @@ def story(argv):
             model.check_weights(model_args.init_from, config)
         tokenizer, prepared_dir = prepare_data(model_args, data_args, args, config)
         sets = load_sets(data_args, args, tokenizer, prepared_dir, share)
-        checkpoint_bytes = space.check_start(args, config, len(sets[0]), say)
-        manifest = prepare.Manifest.load(prepared_dir)
+        checkpoint_bytes = disk.check_start(args, config, len(sets[0]), say)
+        manifest = Manifest.load(prepared_dir)
         run = describe_run(model_args, data_args, args, config, manifest, len(sets[0]))
         checkpoint = choose_checkpoint(args, run)
         if checkpoint and data_args.trains_from_stream:

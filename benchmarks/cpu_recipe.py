@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
-from smolpretrain.data.prepare import load_blocks
-from smolpretrain.data.tokenization import load_tokenizer
+from smolpretrain.data.prepared import load_blocks
+from smolpretrain.data.tokens.tokenization import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "cpu-10min.json"

@@ -96,7 +96,7 @@ if __name__ == "__main__":
         import torch.distributed as dist
 
         sys.path.insert(0, str(ROOT))
-        import run_pretrain
+        from smolpretrain import run_pretrain
 
         inside([word for word in sys.argv[1:] if not word.startswith("--local_rank")])
     else:

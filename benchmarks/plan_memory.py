@@ -132,7 +132,8 @@ def predict(words):
 
 def make_tokenizer(directory):
     """A tokenizer of 4096 tokens on the built-in text, which every vocabulary of the grid holds."""
-    from smolpretrain.data import corpus, tokenization
+    from smolpretrain.data.read import corpus
+    from smolpretrain.data.tokens import tokenization
 
     tokenization.train_tokenizer(corpus.read_documents(), 4096).save_pretrained(f"{directory}/tokenizer")
 

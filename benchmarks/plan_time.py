@@ -96,7 +96,8 @@ def main():
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--only", type=int, nargs="*", help="sizes besides the first, from 1")
     flags = parser.parse_args()
-    from smolpretrain.data import corpus, tokenization
+    from smolpretrain.data.read import corpus
+    from smolpretrain.data.tokens import tokenization
     from smolpretrain.planning import counting
 
     print("| size | parameters | TFLOPS | its parts | MFU | tokens/s | planned tokens/s | off | by MFU alone |")

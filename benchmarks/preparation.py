@@ -30,7 +30,7 @@ def write_corpus(path, megabytes):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from smolpretrain.data.corpus import builtin_documents
+    from smolpretrain.data.read.corpus import builtin_documents
 
     random.seed(0)
     paragraphs = [text[at : at + 500] for text in builtin_documents() for at in range(0, len(text), 500)]
@@ -55,7 +55,7 @@ def write_document(path, megabytes):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from smolpretrain.data.corpus import builtin_documents
+    from smolpretrain.data.read.corpus import builtin_documents
 
     text = "\n\n".join(builtin_documents())
     text = (text * (int(megabytes * 1e6) // len(text) + 1))[: int(megabytes * 1e6)] + " \U0001f600 end"
@@ -67,8 +67,8 @@ def write_document(path, megabytes):
 
 
 def ours(path, tokenizer, directory):
-    from smolpretrain.data.corpus import describe_source, read_documents
-    from smolpretrain.data.prepare import prepare
+    from smolpretrain.data.preparation import prepare
+    from smolpretrain.data.read.corpus import describe_source, read_documents
 
     source = {"data_files": [str(path)]}
     manifest = prepare(
@@ -100,8 +100,8 @@ def datasets_map(path, tokenizer, directory):
 
 def tokenizer_alone(path, tokenizer, directory):
     """`tokenizers` over texts that are already in memory, ids thrown away: nothing is read or written."""
-    from smolpretrain.data.corpus import read_documents
-    from smolpretrain.data.tokenization import plain_backend
+    from smolpretrain.data.read.corpus import read_documents
+    from smolpretrain.data.tokens.tokenization import plain_backend
 
     backend, tokens, texts, seconds = plain_backend(tokenizer), 0, [], 0.0
     for text in read_documents(data_files=[str(path)]):
@@ -122,7 +122,7 @@ def run_one(name, path, tokenizer_dir):
     import datasets  # noqa: F401 (imports are not timed)
 
     import smolpretrain.data.prepare  # noqa: F401
-    from smolpretrain.data.tokenization import load_tokenizer
+    from smolpretrain.data.tokens.tokenization import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_dir)
     before, peak, stop = memory(), [0], threading.Event()
@@ -170,8 +170,8 @@ def main():
     args = parser.parse_args()
     if args.one:
         return run_one(args.one[0], Path(args.one[1]), args.one[2])
-    from smolpretrain.data.corpus import builtin_documents
-    from smolpretrain.data.tokenization import train_tokenizer
+    from smolpretrain.data.read.corpus import builtin_documents
+    from smolpretrain.data.tokens.tokenization import train_tokenizer
 
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(": ")[1] for line in cpuinfo if line.startswith("model name")), "an unknown CPU")

@@ -4,7 +4,7 @@
 
 Each rank of run_pretrain.py has a network namespace of its own whose sending is bounded (wire.py), which needs root or
 the right to make namespaces. What a step computes is taken from the same ranks without a bound; bytes and the seconds
-of sending are planning/nodes.py's, which knows the arguments and the bound alone. DeepSpeed on CPUs computes, then
+of sending are planning/machines.py's, which knows the arguments and the bound alone. DeepSpeed on CPUs computes, then
 sends; DDP sends while the backward runs, so that its step lies between all hidden and nothing hidden, and is held
 against the nearer end.
 """
@@ -15,7 +15,7 @@ import json
 import wire
 
 from smolpretrain import plan
-from smolpretrain.planning import assemble, counting, hardware, nodes
+from smolpretrain.planning import assemble, counting, hardware, machines
 
 ROWS = ["block_size=256", "per_device_train_batch_size=2", "optim=adamw_torch", "learning_rate=1e-3", "warmup_steps=2"]
 ONE_TO_OWNER = {
@@ -35,7 +35,7 @@ KINDS = {
 
 
 def predict(words, ranks, rate, computing):
-    """(bytes a rank sends, seconds of a step where sending hides, seconds where it does not) of nodes.scale.
+    """(bytes a rank sends, seconds of a step where sending hides, seconds where it does not) of machines.scale.
 
     Args:
         rate: Bits a second and rank; computing: seconds of a step without sending.
@@ -47,7 +47,7 @@ def predict(words, ranks, rate, computing):
     tokens = setup.micro_batch * setup.accumulation * setup.block_size
     peak = tokens * counting.flops(config, setup.block_size).model / computing
     device = hardware.Device("cpu", peak, 0.0, None, None, None, "measured without a bound")
-    rows = nodes.scale(setup, device, (1.0, 1.0, 1.0, "measured"), 1, rate / 8 if rate else None)
+    rows = machines.scale(setup, device, (1.0, 1.0, 1.0, "measured"), 1, rate / 8 if rate else None)
     row = next(row for row in rows if row["ranks"] == ranks)
     most, least = (row["tokens_a_step"] / each for each in row["tokens_per_second"])
     return row["sent_bytes"], least, most
@@ -72,7 +72,7 @@ def lines(name, words, ranks, found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=4, choices=[n for n in nodes.NODES if n > 1])
+    parser.add_argument("--ranks", type=int, default=4, choices=[n for n in machines.NODES if n > 1])
     parser.add_argument("--megabits", type=float, nargs="+", default=[1000, 200, 50])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS))

@@ -39,8 +39,8 @@ def bare(vocab_size, steps, prepared_dir):
     """The bare loop; prints tokens/s of each step and peak memory in GiB."""
     import torch
 
-    from smolpretrain.data.packing import PackedCollator
-    from smolpretrain.data.prepare import load_blocks
+    from smolpretrain.data.collator import PackedCollator
+    from smolpretrain.data.prepared import load_blocks
     from smolpretrain.training.model import load_config, random_model
 
     overrides = SHAPE | {"vocab_size": vocab_size, "intermediate_size": 704}

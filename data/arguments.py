@@ -4,11 +4,10 @@ import difflib
 import typing
 from dataclasses import dataclass, field
 
-from .documents import BAD_ROWS
-from .packing import PACKINGS
-
-BACKENDS = ("auto", "tokenizers", "tokie")
-SOURCE = ("dataset_name", "dataset_config_name", "dataset_split", "dataset_revision", "data_files", "text_column")
+from .pack.packing import PACKINGS
+from .read.corpus import SOURCE
+from .read.documents import BAD_ROWS
+from .tokens import BACKENDS
 
 
 @dataclass

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from .manifest import Manifest
+from .pack.manifest import Manifest
 
 MOST_FILES = 20  # of a source, named on the card; manifest.json names all
 SIZES = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]  # the Hub's, in rows

@@ -1,6 +1,6 @@
 """datatrove: a pipeline's documents as a prepared set, each task its own part, and the step that joins them.
 
-    from data.datatrove_step import MergePackedSet, PackedSetWriter     # installed: smolpretrain.data.datatrove_step
+    from smolpretrain.data.datatrove_step import MergePackedSet, PackedSetWriter
 
     writer = PackedSetWriter("prepared/web", "HuggingFaceTB/SmolLM2-135M", source="our crawl, Gopher's quality rules")
     pack = LocalPipelineExecutor([JsonlReader("web/"), GopherQualityFilter(), writer], tasks=8, logging_dir="logs/pack")
@@ -17,14 +17,15 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
-from . import prepare
-from .documents import Documents
-from .encoding import Disagreement
-from .manifest import Manifest
-from .partial import in_use, open_partial, partial_of, prepared_already
-from .progress import Progress
-from .readers import Rows
-from .tokenization import load_tokenizer
+from . import preparation
+from .pack.manifest import Manifest
+from .pack.partial import in_use, open_partial, partial_of, prepared_already
+from .pack.progress import Progress
+from .pack.workers import Work
+from .read.documents import Documents
+from .read.readers import Rows
+from .tokens.encoding import Disagreement
+from .tokens.tokenization import load_tokenizer
 
 
 class PackedSetWriter(PipelineStep):
@@ -65,16 +66,14 @@ class PackedSetWriter(PipelineStep):
         """Write a part. Raises ValueError: a set of another identity is there, or a document is no text."""
         tokenizer = load_tokenizer(self.tokenizer_name)
         source = {"pipeline": self.source, "tasks": world_size}
-        manifest = prepare.plan(tokenizer, self.block_size, source, self.validation_fraction, self.packing, {})
+        manifest = preparation.plan(tokenizer, self.block_size, source, self.validation_fraction, self.packing, {})
         target = Path(os.path.realpath(self.prepared_dir))
         if prepared_already(target, manifest) is not None:
             logger.info(f"{self.prepared_dir} is whole already.")
             return
         texts = (document.text for document in data)
         documents = Documents([Rows(f"task {rank}", lambda: texts)])
-        work = prepare.Work(
-            open_partial(target, manifest), {rank: documents}, tokenizer, manifest, self.tokenizer_backend
-        )
+        work = Work(open_partial(target, manifest), {rank: documents}, tokenizer, manifest, self.tokenizer_backend)
         progress = Progress(False, None, logger.info)
         with in_use(work.directory), self.track_time(unit="task"):
             if rank == 0:
@@ -110,5 +109,5 @@ class MergePackedSet(PipelineStep):
             manifest = Manifest.load(target)
         else:
             planned = Manifest(**json.loads((work / "identity.json").read_text(encoding="utf-8")))
-            manifest = prepare.merge(work, target, planned.source["tasks"], planned)
+            manifest = preparation.merge(work, target, planned.source["tasks"], planned)
         logger.info(f"{self.prepared_dir}: {manifest.splits['train']['tokens']} tokens, {manifest.fingerprint}")

@@ -1,4 +1,4 @@
-"""Prepare a set: documents to packed blocks on disk, whole or absent, resumable, in bounded memory.
+"""Prepare a set of packed rows from text, once for many runs; one sentence where that fails.
 
 python data/prepare.py [prepare.json] [key=value ...]       --help lists the keys
 """
@@ -6,199 +6,143 @@ python data/prepare.py [prepare.json] [key=value ...]       --help lists the key
 import functools
 import json
 import os
-import platform
-import shutil
+import runpy
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
-from importlib.metadata import version
+from argparse import SUPPRESS, ArgumentParser
+from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:  # python data/prepare.py: sys.path[0] is data/
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    __package__ = "data"
+if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "in_place.py"))
 
-import numpy as np
+from smolpretrain.command_line import parse_args
+from smolpretrain.data import preparation, publish
+from smolpretrain.data.arguments import CorpusArguments
+from smolpretrain.data.pack.manifest import verify
+from smolpretrain.data.read import corpus
+from smolpretrain.data.tokens import tokenization
 
-from . import shards
-from .assemble import UNIGRAM_COUNTS, assemble
-from .cleaning import Cleaner, Cleaning
-from .documents import Documents, MixedDocuments
-from .encoding import check_backend
-from .feed import Limits
-from .manifest import Manifest, verify
-from .packing import check_packing, make_packer
-from .partial import TOKENIZERS_ONLY, in_use, open_partial, prepared_already
-from .preparation_log import PreparationLog
-from .progress import Progress
-from .readers import Rows
-from .tokenization import token_dtype, tokenizer_hash, vocabulary_size
-from .workers import Work, write_parts
+TRAIN = "train"
+TOKENIZER_DOCUMENTS = 100_000
+USAGE = """usage: python data/prepare.py [prepare.json] [key=value ...]
+       python data/prepare.py --merge [prepare.json] [key=value ...]   join what several machines prepared
+       python data/prepare.py --verify DIR                             re-check every byte of a set
+       ... --push_to_hub user/name [--public] [--license ID]           then publish it; with no key but prepared_dir,
+                                                                       publish the finished set that is there
 
-LIBRARIES = ("datasets", "numpy", "pyarrow", "tokenizers", "transformers")
+Under a Slurm array, shard_index and num_shards come from SLURM_ARRAY_TASK_ID and its companions.
+"""
 
 
-def prepare(
-    documents: Iterable[str],
-    tokenizer,
-    block_size: int,
-    prepared_dir: str | os.PathLike,
-    source: dict | None,
-    validation_fraction: float = 0.005,
-    packing: str = "concat",
-    progress: bool = True,
-    tokenizer_backend: str = "auto",
-    max_documents: int | None = None,
-    max_tokens: int | None = None,
-    cleaning: dict | None = None,
-    num_proc: int = 1,
-    shard_index: int = 0,
-    num_shards: int = 1,
-    save_tokenizer: bool = False,
-    only_merge: bool = False,
-    say: Callable[[str], None] = print,
-) -> Manifest | None:
-    """Write the set, or find it already there. A preparation that was killed goes on from its last finished shard.
+@dataclass
+class PrepareArguments(CorpusArguments):
+    """What is prepared, how, and where to. Nothing named: the built-in text."""
 
-    Args:
-        documents: `corpus.read_documents`'s, or any iterable of texts, none blank, the same at every start.
-        tokenizer: See `tokenization.load_tokenizer`.
-        prepared_dir: Absent, empty, or a set of the same identity, which is used as it is.
-        source: What `corpus.describe_source` says; part of the identity, so that another text is noticed. None: a set
-            is there, of whatever text, and used as it is.
-        progress: Show a bar.
-        tokenizer_backend: See `encoding.Encoder`.
-        max_documents, max_tokens: See `feed.Limits`.
-        cleaning: Keyword arguments of `cleaning.Cleaning`.
-        num_proc: Processes of this machine that share the parts. A bounded, mixed or deduplicated corpus is one part.
-        shard_index, num_shards: This machine's number, from 0, of those that share the parts and prepared_dir. With
-            more than one, the set is joined by `prepare.py --merge` afterwards.
-        save_tokenizer: Keep the tokenizer in the set, in tokenizer/.
-        only_merge: Write no part: join those that are there, once all are.
-
-    Returns:
-        The manifest; None where other machines' parts are not to be waited for.
-
-    Raises:
-        ValueError: A bad argument, no text, fewer tokens than one block, nothing held out, a set of another identity or
-            a damaged one in prepared_dir.
-        OSError: The disk is full or cannot be written.
-    """
-    if not 0 <= shard_index < num_shards:
-        raise ValueError(f"shard_index must be at least 0 and below num_shards = {num_shards}, got {shard_index}.")
-    limits, cleaning = Limits(max_documents, max_tokens), Cleaning(**(cleaning or {}))
-    one_part = limits or cleaning.deduplicate or isinstance(documents, MixedDocuments)
-    if one_part and num_shards > 1:
-        raise ValueError(
-            "max_documents, max_tokens, deduplicate and mixture look at one stream of documents: set num_shards to 1."
-        )
-    options = {name: value for name, value in asdict(limits).items() if value is not None} | cleaning.describe()
-    manifest = plan(tokenizer, block_size, source, validation_fraction, packing, options)
-    check_backend(tokenizer_backend)
-    target = Path(os.path.realpath(prepared_dir))
-    if (found := prepared_already(target, manifest)) is not None:
-        return found
-    if source is None:
-        raise ValueError(f"{prepared_dir} is not a prepared set; name the text to prepare it from.")
-    if not isinstance(documents, Documents | MixedDocuments):
-        documents = Documents([Rows("documents", functools.partial(iter, documents))])
-    if cleaning.by_text:
-        Cleaner(cleaning)  # its checks, before a directory is made
-    parts = [documents] if one_part else documents.parts()
-    work = Work(open_partial(target, manifest), parts, tokenizer, manifest, tokenizer_backend, limits, cleaning)
-    log = PreparationLog(target)
-    with in_use(work.directory), log.failure():
-        if not only_merge:
-            share = f" share {shard_index} of {num_shards}" if num_shards > 1 else ""
-            log.began(manifest, len(list(work.directory.glob("shard-*.json"))), share)
-            done = Progress(progress, documents.bytes, say)
-            write_parts(work, shard_index, num_shards, num_proc, done)
-            log.wrote(done)
-        if num_shards > 1 and not only_merge:
-            return None
-        if save_tokenizer:
-            tokenizer.save_pretrained(work.directory / "set" / "tokenizer")
-        made = merge(work.directory, target, len(parts), manifest)
-        log.ended(made)
-        return made
-
-
-def plan(
-    tokenizer, block_size: int, source: dict | None, validation_fraction: float, packing: str, options: dict
-) -> Manifest:
-    """Return the manifest of a set to be made: what decides its tokens. Raises ValueError: a bad argument."""
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}.")
-    check_packing(packing)
-    make_packer(block_size, packing, tokenizer.eos_token_id)  # its checks, before a directory is made
-    return Manifest(
-        source=source,
-        validation_fraction=validation_fraction,
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        vocab_size=vocabulary_size(tokenizer),
-        block_size=block_size,
-        packing=packing,
-        options=options,
-        versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+    prepared_dir: str = field(default="prepared", metadata={"help": "Where the packed set is written."})
+    tokenizer_name: str = field(
+        default=TRAIN,
+        metadata={"help": "A Hub id, a directory, or 'train': a byte-level BPE trained on the data, kept in the set."},
     )
+    vocab_size: int = field(default=4096, metadata={"help": "Tokens of the tokenizer that 'train' trains."})
+    shard_index: int | None = field(default=None, metadata={"help": "This machine's number, from 0, of num_shards."})
+    num_shards: int | None = field(default=None, metadata={"help": "Machines that share the work and prepared_dir."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.shard_index is None) != (self.num_shards is None):
+            raise ValueError("shard_index and num_shards go together: give both or neither.")
+        if self.shard_index is None:
+            self.shard_index, self.num_shards = slurm_share(os.environ)
 
 
-def merge(work: Path, target: Path, parts: int, manifest: Manifest) -> Manifest:
-    """Join the finished parts into the set.
+def slurm_share(environment) -> tuple[int, int]:
+    """Return (shard_index, num_shards) of a Slurm array's task; (0, 1) outside one."""
+    if "SLURM_ARRAY_TASK_ID" not in environment:
+        return 0, 1
+    number, lowest, step, count = (
+        int(environment.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("ID", 0), ("MIN", 0), ("STEP", 1), ("COUNT", 1))
+    )
+    return (number - lowest) // step, count
 
-    Raises ValueError naming the parts that are missing, and where the corpus cannot be a set.
-    """
-    missing = [number for number in range(parts) if not shards.is_done(work, number)]
-    if missing:
-        named = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise ValueError(f"{len(missing)} of {parts} parts of {target} are not finished ({named}): prepare them first.")
-    if (work / TOKENIZERS_ONLY).exists():
-        for number in range(parts):
-            if any(record["backend"] != "tokenizers" for record in shards.records(work, number)):
-                raise ValueError(f"part {number} of {target} was encoded by tokie, which disagreed: prepare it again.")
+
+def run(args: PrepareArguments, merging: bool = False) -> None:
+    """Prepare, or join, and say what there is now."""
+    if args.tokenizer_name == TRAIN:
+        documents = islice(corpus.read_documents(**args.reading), TOKENIZER_DOCUMENTS)
+        tokenizer = tokenization.train_tokenizer(documents, args.vocab_size)
+    else:
+        tokenizer = tokenization.load_tokenizer(args.tokenizer_name)
+    manifest = preparation.prepare(
+        corpus.read_documents(**args.reading),
+        tokenizer,
+        args.block_size,
+        args.prepared_dir,
+        source=corpus.describe_source(**args.source),
+        progress=sys.stderr.isatty(),
+        **args.preparing,
+        shard_index=args.shard_index,
+        num_shards=args.num_shards,
+        save_tokenizer=True,
+        only_merge=merging,
+    )
+    if manifest is None:
+        print(f"share {args.shard_index} of {args.num_shards} is done; after the last one: prepare.py --merge.")
+        return
+    for name, split in manifest.splits.items():
+        print(
+            f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['blocks']:,} rows of "
+            f"{manifest.block_size}, fill {split['fill']:.4f}, {split['documents_cut']:,} documents cut, "
+            f"{split['documents_per_block']:.2f} documents a row."
+        )
+    for entry in manifest.mixture:
+        ended = ", which ended the mixture" if entry.get("ended_the_mixture") else ""
+        print(
+            f"{entry['source']}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
+            f"{entry['realised']:.4f} of all for a weight of {entry['weight']:.4f}{ended}."
+        )
+    if manifest.filtered:
+        print(f"left out: {', '.join(f'{name} {count:,}' for name, count in manifest.filtered.items())}.")
+    print(f"{'found whole in' if manifest.reused else 'written to'} {args.prepared_dir}, {manifest.fingerprint}.")
+    same = " ".join(f"{name}={getattr(manifest, name)}" for name in ("block_size", "packing", "validation_fraction"))
+    print(f"train on it: prepared_dir={args.prepared_dir} tokenizer_name={Path(args.prepared_dir, 'tokenizer')} {same}")
+
+
+def main(argv=None) -> None:
+    """Exit status 2 and one line for what the user can mend."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return assemble(work, target, parts, manifest)
-    except ValueError:
-        shutil.rmtree(work)
-        raise
+        if "--help" in argv or "-h" in argv:
+            print_help()
+        elif argv[:1] == ["--verify"]:
+            if len(argv) != 2:
+                raise ValueError("--verify takes one directory, as in: prepare.py --verify prepared")
+            manifest = verify(argv[1], sha256=True)
+            print(f"{argv[1]} is whole: {len(manifest.files)} files, every byte as its manifest says.")
+        else:
+            argv, publication = publish.take_flags(argv)
+            (args,) = parse_args([word for word in argv if word != "--merge"], (PrepareArguments,))
+            make = functools.partial(run, args, "--merge" in argv)
+            if publication is None:
+                make()
+            elif args.num_shards > 1 and "--merge" not in argv:
+                raise ValueError("--push_to_hub belongs to the last step: prepare.py --merge ... --push_to_hub NAME")
+            else:
+                finished = all(word.startswith("prepared_dir=") for word in argv)
+                address = publish.publish(publication, args.prepared_dir, None if finished else make)
+                print(f"published: {address}")
+    except publish.NotUploaded as error:
+        ArgumentParser(prog="prepare.py").exit(6, f"prepare.py: error: {error}\n")
+    except (ValueError, OSError) as error:
+        ArgumentParser(prog="prepare.py", usage=SUPPRESS).error(" ".join(str(error).split()))
 
 
-def load_blocks(prepared_dir: str | os.PathLike, split: str):
-    """Open a split's blocks, memory-mapped.
-
-    Returns:
-        datasets.Dataset of {"input_ids": numpy [block_size]}, as many rows as the manifest says blocks.
-
-    Raises:
-        ValueError: Not a prepared set, or one of its files is missing or of the wrong size.
-    """
-    from datasets import Dataset, Features, List, Value, concatenate_datasets
-
-    manifest = verify(prepared_dir)
-    parts = [Dataset.from_file(str(Path(prepared_dir, name))) for name in manifest.splits[split]["files"]]
-    if not parts:
-        column = List(Value(token_dtype(manifest.vocab_size).name), length=manifest.block_size)
-        parts = [Dataset.from_dict({"input_ids": []}, features=Features({"input_ids": column}))]
-    return concatenate_datasets(parts).with_format("numpy")
-
-
-def load_validation_documents(prepared_dir: str | os.PathLike) -> Iterator[str]:
-    """Yield the held-out documents' text, in the order of the corpus. Raises ValueError as `load_blocks`."""
-    manifest = verify(prepared_dir)
-    for name in manifest.validation_documents:
-        with open(Path(prepared_dir, name), encoding="utf-8", newline="\n") as file:
-            for line in file:
-                yield json.loads(line)["text"]
-
-
-def load_unigram_counts(prepared_dir: str | os.PathLike) -> np.ndarray:
-    """Return how often each id stands in the training documents, int64 [vocab_size]. Raises as `load_blocks`."""
-    verify(prepared_dir)
-    return np.load(Path(prepared_dir, UNIGRAM_COUNTS))
+def print_help() -> None:
+    print(USAGE)
+    for item in fields(PrepareArguments):
+        print(f"  {item.name}={json.dumps(item.default)}\n      {item.metadata['help']}")
 
 
 if __name__ == "__main__":
-    from .command import main
-
     main()

@@ -13,13 +13,10 @@ from pathlib import Path
 
 from huggingface_hub.utils import disable_progress_bars
 
-from .dataset_card import make_card
-from .manifest import FILE_NAME, Manifest, verify
+from smolpretrain.hub.connection import Repository, check_license, one_line
 
-if "." in __package__:  # installed: smolpretrain.data
-    from ..hub.connection import Repository, check_license, one_line
-else:
-    from hub.connection import Repository, check_license, one_line
+from .dataset_card import make_card
+from .pack.manifest import FILE_NAME, Manifest, verify
 
 REMEDIES = {
     402: "the Hub asks for payment ({said}); free some private storage, choose a paid plan, or add --public",

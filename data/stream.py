@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .cleaning import Cleaning
-from .corpus import is_validation
-from .documents import Documents, MixedDocuments
-from .encoding import Encoder
-from .mixing import open_source
-from .packing import BestFitPacker, make_packer
+from .pack.mixing import open_source
+from .pack.packing import BestFitPacker, make_packer
+from .read.cleaning import Cleaning
+from .read.corpus import is_validation
+from .read.documents import Documents, MixedDocuments
+from .tokens.encoding import Encoder
 
 READ_AHEAD = 2  # chunks that a thread has ready
 STATE_FILE = "stream_dp_rank_{}_state.json"

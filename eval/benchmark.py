@@ -30,22 +30,21 @@ import hashlib
 import json
 import logging
 import re
+import runpy
+import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "in_place.py"))
+
 import datasets
 import transformers
 
-if __package__:
-    from . import command, perplexity, provenance, scores
-    from .compare import Candidate
-else:
-    import command
-    import perplexity
-    import provenance
-    import scores
-    from compare import Candidate
+from smolpretrain.eval import perplexity
+from smolpretrain.eval.compare import Candidate
+from smolpretrain.eval.parts import command, provenance, scores
 
 HERE = Path(__file__).resolve().parent
 OURS = HERE / "educational"

@@ -14,9 +14,14 @@ comparison_samples.jsonl, every continuation; and pictures.
 import csv
 import gc
 import json
+import runpy
 import statistics
+import sys
 from itertools import chain
 from pathlib import Path
+
+if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "in_place.py"))
 
 import datasets
 import numpy as np
@@ -24,16 +29,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, set_seed
 
-if __package__:
-    from . import command, comparison, corpora, generation, intervals, perplexity, provenance
-else:
-    import command
-    import comparison
-    import corpora
-    import generation
-    import intervals
-    import perplexity
-    import provenance
+from smolpretrain.eval import perplexity
+from smolpretrain.eval.parts import command, comparison, corpora, generation, intervals, provenance
 
 KINDS = ("random_init", "checkpoint", "released", "other")
 COLUMNS = ("model", "kind", "metric", "value", "low", "high", "n", "data", "settings", "commit")

@@ -10,20 +10,20 @@ for too. Source: the 13-grams of GPT-3 (Brown et al. 2020, appendix C). A paraph
 
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
+
+if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "in_place.py"))
 
 import datasets
 import pyarrow as pa
 import transformers
 from tqdm import tqdm
 
-if __package__:
-    from . import command, corpora
-    from .educational.items import read_items
-else:
-    import command
-    import corpora
-    from educational.items import read_items
+from smolpretrain.eval.educational.items import read_items
+from smolpretrain.eval.parts import command, corpora
 
 GRAM = 13
 HEAD = 5  # words of the shortest item: what a gram is looked up by

@@ -10,6 +10,7 @@ Source: huggingface.co/docs/transformers/perplexity; bits per byte as in the Pil
 """
 
 import re
+import runpy
 import sys
 from importlib.util import find_spec
 from itertools import islice
@@ -325,10 +326,10 @@ def load_model(model, revision=None, dtype="auto", device="auto"):
 
 def main(argv=None):
     """The command; command.py has its options."""
-    if __package__:
-        from . import command
-    else:
-        import command
+    if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+        runpy.run_path(str(Path(__file__).resolve().parents[1] / "in_place.py"))
+    from smolpretrain.eval.parts import command
+
     command.main(argv)
 
 

@@ -15,16 +15,16 @@ import argparse
 import csv
 import json
 import math
+import runpy
 import statistics
+import sys
 from itertools import zip_longest
 from pathlib import Path
 
-if __package__:
-    from . import comparison, page, plots
-else:
-    import comparison
-    import page
-    import plots
+if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "in_place.py"))
+
+from smolpretrain.eval.parts import comparison, page, plots
 
 COLUMNS = ("figure", "value", "low", "high", "n", "file", "settings", "commit")
 ARGUMENTS = (

@@ -8,19 +8,19 @@ eval/report.py, eval/compare.py and eval/benchmark.py wrote; what is missing is 
 
 import argparse
 import re
+import runpy
+import sys
 from pathlib import Path
+
+if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "in_place.py"))
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-if __package__:
-    from . import card_evaluation, card_sections
-    from .run_record import read_run
-else:
-    import card_evaluation
-    import card_sections
-    from run_record import read_run
+from smolpretrain.hub import card_evaluation, card_sections
+from smolpretrain.hub.run_record import read_run
 
 
 def make_card(run_dir, repo_id, license, **more):

@@ -2,12 +2,8 @@
 
 from huggingface_hub import EvalResult
 
-if __package__:
-    from .card_markup import code, number, plain, section, table
-    from .card_sections import own_label, picture, settings_text, source_name
-else:
-    from card_markup import code, number, plain, section, table
-    from card_sections import own_label, picture, settings_text, source_name
+from .card_markup import code, number, plain, section, table
+from .card_sections import own_label, picture, settings_text, source_name
 
 COMPARED = ("bits_per_byte", "token_perplexity", "word_perplexity")  # what of a comparison goes into the model-index
 

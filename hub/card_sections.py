@@ -4,10 +4,7 @@ import json
 import re
 import shlex
 
-if __package__:
-    from .card_markup import code, listed, number, plain, section, table
-else:
-    from card_markup import code, listed, number, plain, section, table
+from .card_markup import code, listed, number, plain, section, table
 
 NOT_MEASURED = "truth of what it writes, bias, toxicity, memorised text, other languages, code that runs"
 

@@ -13,10 +13,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-if __package__:
-    from . import run_record
-else:
-    import run_record
+from . import run_record
 
 WEIGHTS = r"model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 TOKENIZER = (

@@ -12,6 +12,7 @@ import fcntl
 import fileinput
 import json
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -20,17 +21,16 @@ import tempfile
 from itertools import islice
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:  # python hub/publish.py: sys.path[0] is hub/
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    __package__ = "hub"
+if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "in_place.py"))
 
 import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.utils import disable_progress_bars
 
-from . import branches, card, folder
-from .connection import Repository, check_license, one_line
+from smolpretrain.hub import branches, card, folder
+from smolpretrain.hub.connection import Repository, check_license, one_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NOT_UPLOADED = 6

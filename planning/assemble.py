@@ -6,8 +6,7 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-from . import contradictions, cost, counting, cpu, memory
-from . import nodes as machines
+from . import contradictions, cost, counting, cpu, machines, memory
 
 
 def make(config, values, device, *, ranks=1, nodes=1, extra=None, deepspeed=None, local=False):

@@ -29,9 +29,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-if __package__:
+try:
     from .page import broken, build, serve
-else:
+except ImportError:  # a Space, or run as a file: page.py lies beside it
     from page import broken, build, serve
 
 MOST_CHARACTERS = 8000  # of a prompt

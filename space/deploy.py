@@ -9,22 +9,18 @@ what would be sent. Whoever asks is known by HF_TOKEN or `hf auth login`, and by
 """
 
 import argparse
+import runpy
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:  # python space/deploy.py: sys.path[0] is space/
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    __package__ = "space"
+if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "in_place.py"))
 
 from huggingface_hub import HfApi, SpaceCard
 from huggingface_hub.utils import disable_progress_bars
 
-from .static import write_page
-
-if "." in __package__:  # installed: smolpretrain.space
-    from ..hub.connection import Repository, check_license, one_line, owner, persist
-else:
-    from hub.connection import Repository, check_license, one_line, owner, persist
+from smolpretrain.hub.connection import Repository, check_license, one_line, owner, persist
+from smolpretrain.space.static import write_page
 
 HERE = Path(__file__).resolve().parent
 LIVE, STATIC = ("README.md", "requirements.txt", "app.py", "page.py"), ("README.md", "index.html")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from loopback_hub import LoopbackHub
 from ports import free_port
 
 ROOT = Path(__file__).parents[1]
+runpy.run_path(str(ROOT / "in_place.py"))  # what is tested is this clone, whatever is installed
 BIN = Path(sys.executable).parent
 signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup's jobs ignore it, and so would all that tests start
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -70,7 +72,7 @@ def pytest_fixture_setup(fixturedef):
 @pytest.fixture(scope="session", autouse=True)
 def forks_hear():
     """A run inside this process would block signals in whatever is forked later: in every test's workers."""
-    if guards := sys.modules.get("smolpretrain.training.guards"):
+    if guards := sys.modules.get("smolpretrain.training.safety.guards"):
         guards.deafen_forks = lambda: None
 
 

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from ports import free_port
 
-from training import guards, ranks, space
+import in_place  # noqa: F401
+from smolpretrain.training.safety import disk, guards, ranks
 
 WORLD = 2
 SIGNALLED = "rank 0 raises and is signalled before it has shown that"
@@ -32,7 +33,7 @@ def fail(case, rank):
     if case == f"rank {rank} raises" or case == "both raise" or (case == SIGNALLED and rank == 0):
         raise KeyError(f"boom of {rank}")
     if case in ("both meet a full disk", f"rank {rank} meets a full disk"):
-        raise space.NoSpace("the disk is full.")
+        raise disk.NoSpace("the disk is full.")
     if case == "rank 0 is asked to stop, rank 1 is killed":
         guards.StopTogether(".")
         os.kill(os.getpid(), signal.SIGTERM if rank == 0 else signal.SIGKILL)

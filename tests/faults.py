@@ -28,9 +28,10 @@ import transformers
 from ports import free_port
 from transformers import TrainerCallback
 
-import run_pretrain
-from training import trainer
-from training.guards import launchers
+import in_place  # noqa: F401
+from smolpretrain import run_pretrain
+from smolpretrain.training import trainer
+from smolpretrain.training.safety.guards import launchers
 
 IN_CHECKPOINT = re.compile(r"checkpoint-\d+(/|$)")
 

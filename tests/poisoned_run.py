@@ -26,7 +26,8 @@ import torch
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import run_pretrain
+import in_place  # noqa: F401
+from smolpretrain import run_pretrain
 
 FAULT = {"rank": run_pretrain.RANK, "nan_row": None, "spike_row": None, "spike_from": 46, "witness": None}
 FAULT |= {"nan_from": math.inf, "gradient_from": math.inf, "weights_from": math.inf, "limit_from": math.inf, "limit": 0}

@@ -18,7 +18,7 @@ from conftest import ROOT
 from transformers import LlamaConfig, MixtralConfig
 
 from smolpretrain import limits, run_pretrain
-from smolpretrain.data.tokenization import load_tokenizer, train_tokenizer
+from smolpretrain.data.tokens.tokenization import load_tokenizer, train_tokenizer
 from smolpretrain.training import model
 
 MODEL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smolpretrain.data.prepare import prepare
-from smolpretrain.eval import benchmark, contamination, scores
+from smolpretrain.data.preparation import prepare
+from smolpretrain.eval import benchmark, contamination
 from smolpretrain.eval.educational import controls
 from smolpretrain.eval.educational.items import ITEMS, bits_per_byte, process_results, read_items
+from smolpretrain.eval.parts import scores
 
 ALL = read_items()
 READ = ALL[:16]  # what the model of these tests was trained on

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from smolpretrain import launch
 from smolpretrain.arguments import PretrainArguments
-from smolpretrain.training import checkpoints, guards, lock, model, ranks, resume, spot
+from smolpretrain.training import model
+from smolpretrain.training.safety import checkpoints, guards, lock, ranks, resume, spot
 
 RUN = resume.Run(
     same={"block_size": 64, "config hidden_size": 64, "seed": 42, "optim": "adamw_bnb_8bit", "data": "abc"},
@@ -315,7 +316,7 @@ def test_a_directory_that_cannot_be_removed_is_said_and_training_goes_on(tmp_pat
 
 HOLD = """
 import sys, time
-from training import lock
+from smolpretrain.training.safety import lock
 lock.take(sys.argv[1])
 print("held", flush=True)
 time.sleep(600)
@@ -332,7 +333,12 @@ def test_two_runs_cannot_share_an_output_dir_and_a_killed_one_leaves_it_free(tmp
     other.kill()
     other.wait()
     who = f"pid {other.pid} host {os.uname().nodename}"
-    once = [sys.executable, "-c", "import sys; from training import lock; print(lock.take(sys.argv[1]))", tmp_path]
+    once = [
+        sys.executable,
+        "-c",
+        "import sys; from smolpretrain.training.safety import lock; print(lock.take(sys.argv[1]))",
+        tmp_path,
+    ]
     said = [subprocess.run(once, capture_output=True, text=True, cwd=ROOT).stdout.strip() for _ in range(2)]
     assert said[0].endswith(f"was left by a run that ended without a word ({who}): taken over.")
     assert said[1] == "None"  # one that ended in order leaves no word behind
@@ -487,7 +493,7 @@ def test_a_stop_in_the_evaluation_that_is_made_up_takes_no_step(tmp_path):
 def test_what_is_forked_is_deaf_from_its_birth_and_the_rank_hears_on():
     program = """
 import multiprocessing, os, signal
-from smolpretrain.training import guards
+from smolpretrain.training.safety import guards
 guards.deafen_forks()
 heard = []
 signal.signal(signal.SIGTERM, lambda *_: heard.append(1))

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from test_prepare import TEXTS, TOKENIZER, files, kill_at_batch
 
 from smolpretrain.arguments import DataArguments
-from smolpretrain.data import cleaning as cleaning_module
-from smolpretrain.data import readers, shards
-from smolpretrain.data.cleaning import NGRAM_WORDS, WORD, Decontaminator, Seen
-from smolpretrain.data.corpus import describe_source, read_documents
-from smolpretrain.data.prepare import load_validation_documents, prepare
+from smolpretrain.data.pack import shards
+from smolpretrain.data.preparation import prepare
+from smolpretrain.data.prepared import load_validation_documents
+from smolpretrain.data.read import cleaning as cleaning_module
+from smolpretrain.data.read import readers
+from smolpretrain.data.read.cleaning import NGRAM_WORDS, WORD, Decontaminator, Seen
+from smolpretrain.data.read.corpus import describe_source, read_documents
 
 
 def clean(directory, texts, kill_after=None, validation_fraction=0, **cleaning):

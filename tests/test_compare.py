@@ -13,7 +13,8 @@ from sacrebleu import sentence_bleu
 from test_perplexity import DOCUMENTS, byte_tokenizer, make_model
 from transformers import set_seed
 
-from smolpretrain.eval import compare, generation, page, perplexity
+from smolpretrain.eval import compare, perplexity
+from smolpretrain.eval.parts import generation, page
 
 PROMPTS = ["The cell makes", "Water boils at", "Once <b>more</b>"]
 TEXTS = [text for text in DOCUMENTS if text.strip()] + [f"document {n}, " * (n + 3) for n in range(8)]

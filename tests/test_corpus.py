@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smolpretrain.data import documents as documents_module
-from smolpretrain.data import readers
-from smolpretrain.data.corpus import builtin_documents, describe_source, is_validation, read_documents
-from smolpretrain.data.documents import Tally
+from smolpretrain.data.read import documents as documents_module
+from smolpretrain.data.read import readers
+from smolpretrain.data.read.corpus import builtin_documents, describe_source, is_validation, read_documents
+from smolpretrain.data.read.documents import Tally
 
 HASH_OF_BUILTIN = (
-    "import hashlib; from smolpretrain.data.corpus import builtin_documents;"
+    "import hashlib; from smolpretrain.data.read.corpus import builtin_documents;"
     "print(hashlib.sha256(repr(builtin_documents()).encode()).hexdigest())"
 )
 
@@ -47,7 +47,8 @@ def test_the_builtin_text_is_the_same_in_every_process():
 
 
 def test_the_builtin_text_imports_no_library_module():
-    code = "import sys; from smolpretrain.data.corpus import *; builtin_documents(); assert 'turtle' not in sys.modules"
+    code = "import sys; from smolpretrain.data.read.corpus import *; builtin_documents()"
+    code += "; assert 'turtle' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

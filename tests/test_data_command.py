@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT
 
-from smolpretrain.data.command import PrepareArguments, main, slurm_share
+from smolpretrain.data.prepare import PrepareArguments, main, slurm_share
 
 COMMAND = ("python", ROOT / "data" / "prepare.py")
 
@@ -32,7 +32,7 @@ def test_the_command_prepares_a_set_with_its_tokenizer_and_finds_it_again(launch
 
 
 def test_machines_share_a_set_that_merge_joins(corpus_file, tmp_path, monkeypatch, capsys):
-    from smolpretrain.data import documents
+    from smolpretrain.data.read import documents
 
     monkeypatch.setattr(documents, "PART_BYTES", 50_000)
     monkeypatch.chdir(tmp_path)

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from smolpretrain.data import encoding, prepare
-from smolpretrain.data.corpus import read_documents
-from smolpretrain.data.encoding import HURTFUL, Encoder
-from smolpretrain.data.tokenization import SPECIAL_TOKENS, encode_documents, load_tokenizer, train_tokenizer
+from smolpretrain.data import preparation
+from smolpretrain.data.read.corpus import read_documents
+from smolpretrain.data.tokens import encoding
+from smolpretrain.data.tokens.encoding import HURTFUL, Encoder
+from smolpretrain.data.tokens.tokenization import SPECIAL_TOKENS, encode_documents, load_tokenizer, train_tokenizer
 
 TEXTS = [f"Document {number} of 2024 says na\u00efve <|endoftext|> things.\n" * 3 for number in range(200)]
 TOKENIZER = train_tokenizer(TEXTS, 320)
@@ -95,17 +96,18 @@ def test_a_disagreement_at_the_start_falls_back_and_says_so(monkeypatch):
 
 
 def test_a_disagreement_on_the_way_starts_again_with_tokenizers(monkeypatch, tmp_path):
-    from smolpretrain.data import readers, shards
+    from smolpretrain.data.pack import shards
+    from smolpretrain.data.read import readers
 
     monkeypatch.setattr(readers, "READ_BYTES", 400)
     monkeypatch.setattr(shards, "SHARD_BYTES", 1_000)
     monkeypatch.setattr(encoding, "CHECKED_FIRST", 100)
-    plain = prepare.prepare(iter(TEXTS), TOKENIZER, 16, tmp_path / "a", {}, progress=False,
+    plain = preparation.prepare(iter(TEXTS), TOKENIZER, 16, tmp_path / "a", {}, progress=False,
                             tokenizer_backend="tokenizers", validation_fraction=0)  # fmt: skip
     err_on(monkeypatch, "Document 150 ")
     monkeypatch.setattr(Encoder, "_check", finding_it_in_batch_30)
     said = []
-    made = prepare.prepare(TEXTS, TOKENIZER, 16, tmp_path / "b", {}, progress=False, validation_fraction=0,
+    made = preparation.prepare(TEXTS, TOKENIZER, 16, tmp_path / "b", {}, progress=False, validation_fraction=0,
                            say=said.append)  # fmt: skip
     assert made == plain and "from the start again with `tokenizers` itself" in said[0]
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {

@@ -17,12 +17,13 @@ from datatrove.pipeline.filters import LambdaFilter
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
-from smolpretrain.data import encoding, readers
-from smolpretrain.data.corpus import is_validation, read_documents
 from smolpretrain.data.datatrove_step import MergePackedSet, PackedSetWriter
-from smolpretrain.data.manifest import Manifest, verify
-from smolpretrain.data.prepare import load_unigram_counts, load_validation_documents
-from smolpretrain.data.tokenization import encode_documents, load_tokenizer, train_tokenizer
+from smolpretrain.data.pack.manifest import Manifest, verify
+from smolpretrain.data.prepared import load_unigram_counts, load_validation_documents
+from smolpretrain.data.read import readers
+from smolpretrain.data.read.corpus import is_validation, read_documents
+from smolpretrain.data.tokens import encoding
+from smolpretrain.data.tokens.tokenization import encode_documents, load_tokenizer, train_tokenizer
 
 TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
 WORDS = [word for word in (ROOT / "LICENSE").read_text(encoding="utf-8").split() if word.isalpha()]
@@ -31,7 +32,8 @@ TEXTS = [[f"Shard {shard}, document {row}: " + " ".join(WORDS[row : row + 60 * (
 KEPT = [text for shard in (0, 2, 1) for text in TEXTS[shard] if len(text) > 50]  # Gopher's; task 0 reads 0 and 2
 SMALL = """
 import os, signal, sys
-from data import readers, shards
+from smolpretrain.data.pack import shards
+from smolpretrain.data.read import readers
 
 readers.READ_BYTES, shards.SHARD_BYTES = 5000, 20000  # several shards a part: there is one to go on from
 

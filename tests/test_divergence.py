@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, TrainerCallback
 
 from smolpretrain.arguments import PretrainArguments
-from smolpretrain.data.packing import PackedCollator
-from smolpretrain.training import checkpoints, model
+from smolpretrain.data.collator import PackedCollator
+from smolpretrain.training import model
+from smolpretrain.training.safety import checkpoints
 from smolpretrain.training.trainer import PretrainTrainer
 
 TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from smolpretrain import run_pretrain
 from smolpretrain.arguments import PretrainArguments
-from smolpretrain.data.packing import PackedCollator
+from smolpretrain.data.collator import PackedCollator
 from smolpretrain.planning import counting
 from smolpretrain.training import loss, model
 from smolpretrain.training.experts import Experts

@@ -13,8 +13,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from test_perplexity import CLOSE, DOCUMENTS, byte_tokenizer, close, make_model, score
 
-from smolpretrain.eval import perplexity, provenance
-from smolpretrain.eval.intervals import bootstrap, measure
+from smolpretrain.eval import perplexity
+from smolpretrain.eval.parts import provenance
+from smolpretrain.eval.parts.intervals import bootstrap, measure
 from smolpretrain.eval.perplexity import summarize
 
 TEXTS = [text for text in DOCUMENTS if text.strip()] + ["\n two lines \n", "0123456789 " * 40]

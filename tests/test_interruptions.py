@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from test_checkpoints import metadata  # noqa: F401, a fixture
 
 from smolpretrain import launch as launcher
-from smolpretrain.training import checkpoints, lock
+from smolpretrain.training.safety import checkpoints, lock
 
 pytestmark = pytest.mark.slow
 

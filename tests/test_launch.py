@@ -14,7 +14,7 @@ import pytest
 from conftest import BIN, ROOT, free_port
 
 from smolpretrain import launch
-from smolpretrain.training import guards
+from smolpretrain.training.safety import guards
 
 LOOP = "import sys; from smolpretrain import launch; launch.PAUSE_SECONDS = {}; sys.exit(launch.main(sys.argv[1:]))"
 

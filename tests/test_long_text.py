@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prepare import SOURCE, TOKENIZER, files
 
-from smolpretrain.data import corpus, encoding, long_text, readers
-from smolpretrain.data.corpus import read_documents
-from smolpretrain.data.documents import Tally
-from smolpretrain.data.long_text import LongText
-from smolpretrain.data.prepare import prepare
+from smolpretrain.data.preparation import prepare
+from smolpretrain.data.read import corpus, long_text, readers
+from smolpretrain.data.read.corpus import read_documents
+from smolpretrain.data.read.documents import Tally
+from smolpretrain.data.read.long_text import LongText
+from smolpretrain.data.tokens import encoding
 
 chance = random.Random(0)
 WORDS = ["cat", "\u00e9t\u00e9", "\U0001f600", "2024", "\u4f60\u597d", "\n", '"quoted"', "\\", "\u2028", "x" * 40]

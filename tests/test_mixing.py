@@ -9,12 +9,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_prepare import TOKENIZER, files
 
-from smolpretrain.data import documents as documents_module
-from smolpretrain.data import readers, shards
-from smolpretrain.data.corpus import describe_source, read_documents
-from smolpretrain.data.prepare import load_blocks, prepare
-from smolpretrain.data.progress import Progress
-from smolpretrain.data.tokenization import encode_documents
+from smolpretrain.data.pack import shards
+from smolpretrain.data.pack.progress import Progress
+from smolpretrain.data.preparation import prepare
+from smolpretrain.data.prepared import load_blocks
+from smolpretrain.data.read import documents as documents_module
+from smolpretrain.data.read import readers
+from smolpretrain.data.read.corpus import describe_source, read_documents
+from smolpretrain.data.tokens.tokenization import encode_documents
 
 
 class Cut(BaseException):

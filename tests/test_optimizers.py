@@ -12,10 +12,11 @@ from transformers import Gemma2Config, LlamaConfig, set_seed
 from smolpretrain import limits
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 from smolpretrain.command_line import parse_args
-from smolpretrain.data.packing import PackedCollator
-from smolpretrain.data.tokenization import train_tokenizer
+from smolpretrain.data.collator import PackedCollator
+from smolpretrain.data.tokens.tokenization import train_tokenizer
 from smolpretrain.planning import memory
-from smolpretrain.training import loss, model, space
+from smolpretrain.training import loss, model
+from smolpretrain.training.safety import disk as space
 from smolpretrain.training.trainer import PretrainTrainer
 
 EOS = 0

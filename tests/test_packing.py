@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, modeling_flash_attention_utils
 
-from smolpretrain.data import packing
-from smolpretrain.data.packing import BestFitPacker, PackedCollator, Packer, best_fit, make_packer, pack_blocks
+from smolpretrain.data.collator import PackedCollator
+from smolpretrain.data.pack import packing
+from smolpretrain.data.pack.packing import BestFitPacker, Packer, best_fit, make_packer, pack_blocks
 
 EOS = 0
 ids_lists = st.lists(st.lists(st.integers(1, 9), max_size=9).map(lambda ids: [*ids, EOS]), max_size=12)

@@ -250,7 +250,7 @@ def test_loads_through_evaluate_by_path_and_agrees(saved, model, tokenizer, give
 
 
 def test_what_needs_no_metric_of_evaluate_does_not_import_it():
-    code = "import sys, smolpretrain.eval.judge; print('evaluate' in sys.modules)"
+    code = "import sys, smolpretrain.eval.parts.judge; print('evaluate' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("False")
 

@@ -16,8 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from smolpretrain import plan as plan_command
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 from smolpretrain.command_line import parse_args
-from smolpretrain.planning import assemble, contradictions, cost, counting, cpu, hardware, laws, memory, start
-from smolpretrain.planning import nodes as machines
+from smolpretrain.planning import assemble, contradictions, cost, counting, cpu, hardware, laws, machines, memory, start
 from smolpretrain.training.model import BUILT_IN, load_config
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)

@@ -14,13 +14,15 @@ from datasets import Dataset
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from smolpretrain.data import assemble, readers, shards
-from smolpretrain.data import documents as documents_module
-from smolpretrain.data.corpus import describe_source, is_validation, read_documents
-from smolpretrain.data.manifest import Manifest, verify
-from smolpretrain.data.prepare import load_blocks, load_unigram_counts, load_validation_documents, prepare
-from smolpretrain.data.progress import Progress
-from smolpretrain.data.tokenization import encode_documents, train_tokenizer
+from smolpretrain.data.pack import assemble, shards
+from smolpretrain.data.pack.manifest import Manifest, verify
+from smolpretrain.data.pack.progress import Progress
+from smolpretrain.data.preparation import prepare
+from smolpretrain.data.prepared import load_blocks, load_unigram_counts, load_validation_documents
+from smolpretrain.data.read import documents as documents_module
+from smolpretrain.data.read import readers
+from smolpretrain.data.read.corpus import describe_source, is_validation, read_documents
+from smolpretrain.data.tokens.tokenization import encode_documents, train_tokenizer
 
 TEXTS = [f"Document {number} says that the {word} sat on the mat.\n\u2028\u20ac" for number in range(60)
          for word in ("cat", "dog", "<|endoftext|>")]  # fmt: skip

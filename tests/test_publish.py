@@ -15,10 +15,10 @@ from conftest import ROOT, note_waits
 from datasets import load_from_disk
 from huggingface_hub import constants
 
-from smolpretrain.data.command import main
 from smolpretrain.data.dataset_card import _size_category, make_card
-from smolpretrain.data.manifest import Manifest
-from smolpretrain.data.prepare import load_blocks
+from smolpretrain.data.pack.manifest import Manifest
+from smolpretrain.data.prepare import main
+from smolpretrain.data.prepared import load_blocks
 
 PREPARE = ("python", ROOT / "data" / "prepare.py")
 KEYS = ("vocab_size=400", "block_size=64", "validation_fraction=0.1")

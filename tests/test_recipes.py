@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT
 
 from smolpretrain import plan
-from smolpretrain.data.manifest import Manifest, verify
-from smolpretrain.data.tokenization import load_tokenizer, tokenizer_hash, train_tokenizer
+from smolpretrain.data.pack.manifest import Manifest, verify
+from smolpretrain.data.tokens.tokenization import load_tokenizer, tokenizer_hash, train_tokenizer
 
 CORPUS, TOKENIZER = "HuggingFaceTB/smollm-corpus", "HuggingFaceTB/SmolLM2-135M"
 WEB, DCLM, MATH = "HuggingFaceFW/fineweb-edu", "HuggingFaceTB/dclm-edu", "HuggingFaceTB/finemath"

@@ -12,8 +12,9 @@ import pytest
 from browser import opened, widest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from smolpretrain.data.prepare import load_validation_documents
-from smolpretrain.eval import generation, report
+from smolpretrain.data.prepared import load_validation_documents
+from smolpretrain.eval import report
+from smolpretrain.eval.parts import generation
 from smolpretrain.eval.perplexity import load_config
 
 pytestmark = pytest.mark.slow

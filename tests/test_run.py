@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from smolpretrain import run_pretrain
 from smolpretrain.command_line import read_json
-from smolpretrain.data.tokenization import train_tokenizer
+from smolpretrain.data.tokens.tokenization import train_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -17,9 +17,9 @@ from test_mixing import entries, write_source
 from test_prepare import TEXTS, TOKENIZER
 
 from smolpretrain.arguments import DataArguments, PretrainArguments
-from smolpretrain.data import documents as documents_module
-from smolpretrain.data import readers
-from smolpretrain.data.corpus import is_validation, read_documents
+from smolpretrain.data.read import documents as documents_module
+from smolpretrain.data.read import readers
+from smolpretrain.data.read.corpus import is_validation, read_documents
 from smolpretrain.data.stream import STATE_FILE, open_stream
 
 BLOCK = 8

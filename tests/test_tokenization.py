@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from smolpretrain.data.tokenization import (
+from smolpretrain.data.tokens.tokenization import (
     SPECIAL_TOKENS,
     encode_documents,
     load_tokenizer,
@@ -24,7 +24,7 @@ from smolpretrain.data.tokenization import (
 TEXTS = ["the cat sat on the mat, and the dog sat on the cat in 2024.\n", "a dog and a cat; the mat of the cat"]
 SMOLLM2 = Path(__file__).parents[2] / "shared/data/smollm2-tokenizer"
 HASH_OF_TRAINED = (
-    "from smolpretrain.data.tokenization import train_tokenizer as t, tokenizer_hash as h;"
+    "from smolpretrain.data.tokens.tokenization import train_tokenizer as t, tokenizer_hash as h;"
     "from pydoc_data.topics import topics; print(h(t([topics[k] for k in sorted(topics)], 1000)))"
 )
 

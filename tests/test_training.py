@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, LlamaC
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from smolpretrain.arguments import PretrainArguments
-from smolpretrain.data.packing import PackedCollator
-from smolpretrain.data.tokenization import train_tokenizer
+from smolpretrain.data.collator import PackedCollator
+from smolpretrain.data.tokens.tokenization import train_tokenizer
 from smolpretrain.eval import report
 from smolpretrain.hub import run_record
 from smolpretrain.space import static

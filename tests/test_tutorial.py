@@ -23,7 +23,7 @@ from gradio_client import Client
 from test_recipes import CORPUS, TOKENIZER, card, parquet, recipe_of, reduced, texts
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smolpretrain.data.tokenization import train_tokenizer
+from smolpretrain.data.tokens.tokenization import train_tokenizer
 
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 NOT_RUN = {  # how a command begins that the test leaves out, and why

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import in_place  # noqa: F401
 from smolpretrain import run_pretrain
 
 

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from . import checkpoints
+from .safety import checkpoints
 
-_TABLE = json.loads((Path(__file__).resolve().parent.parent / "architectures.json").read_text(encoding="utf-8"))
+_TABLE = json.loads((Path(__file__).resolve().parents[1] / "architectures.json").read_text(encoding="utf-8"))
 BUILT_IN = {name: _TABLE["shared"] | own for name, own in _TABLE["models"].items()}  # plan.py reads the same file
 TRAIN = "train"  # tokenizer_name of a tokenizer trained on the data
 

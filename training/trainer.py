@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from . import checkpoints, compression, optimizers, ranks, schedule, space
-from .divergence import Divergence
+from . import compression, optimizers, schedule
 from .experts import Experts
+from .safety import checkpoints, disk, ranks
+from .safety.divergence import Divergence
 from .terms import Terms
 
 
@@ -162,7 +163,7 @@ class PretrainTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
-            full = space.explain(error, self.args.output_dir, self.checkpoint_bytes)
+            full = disk.explain(error, self.args.output_dir, self.checkpoint_bytes)
             if full is None or full is error:
                 raise
             raise full from error
@@ -184,12 +185,12 @@ class PretrainTrainer(Trainer):
         args = self.args
         if not self.divergence.may_save(model, args, self.control):
             return
-        space.check_save(args.output_dir, self.checkpoint_bytes, args.device)
+        disk.check_save(args.output_dir, self.checkpoint_bytes, args.device)
         directory = Path(args.output_dir, f"checkpoint-{self.state.global_step}")
         try:
             self._write_checkpoint(directory, model, trial)
         except Exception as error:
-            full = space.explain(error, args.output_dir, self.checkpoint_bytes)
+            full = disk.explain(error, args.output_dir, self.checkpoint_bytes)
             ranks.fails_first(args.process_index, args.world_size, full or error)  # the others still write there
             if not (directory / checkpoints.MANIFEST).exists():
                 shutil.rmtree(directory, ignore_errors=True)  # a part of a checkpoint is of no use, and takes room

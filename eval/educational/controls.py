@@ -10,15 +10,18 @@ tuning to one model. (Where it cannot decide between options it gets the share o
 import ast
 import datetime
 import math
+import runpy
+import sys
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
+
+if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+    runpy.run_path(str(Path(__file__).resolve().parents[2] / "in_place.py"))
 
 import rich.table
 
-if __package__:
-    from .items import read_items
-else:
-    from items import read_items
+from smolpretrain.eval.educational.items import read_items
 
 NAMES = {"Fraction": Fraction, "datetime": datetime.datetime, "date": datetime.date, "math": math}
 NAMES |= {"round": round, "format": format}

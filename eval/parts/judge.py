@@ -6,11 +6,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-if __package__:
-    from . import intervals, perplexity
-else:
-    import intervals
-    import perplexity
+from .. import perplexity
+from . import intervals
 
 
 def judge(models, unigram_counts, tokenizer, documents, window, progress=True):

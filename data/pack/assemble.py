@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .manifest import Manifest, describe_file, sync
+from smolpretrain.core.files import describe_file, sync
+
+from .manifest import Manifest
 from .packing import Packer
 from .shards import COUNTED, SPLITS, SplitWriter, records
 

@@ -12,12 +12,8 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 
-if __package__:
-    from . import corpora, intervals, perplexity
-else:
-    import corpora
-    import intervals
-    import perplexity
+from .. import perplexity
+from . import corpora, intervals
 
 OPTIONS = {
     "model": {

@@ -14,8 +14,8 @@ import numpy as np
 import orjson
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .arguments import BACKENDS
-from .long_text import LongText
+from ..read.long_text import LongText
+from . import BACKENDS
 from .tokenization import plain_backend, token_dtype
 
 CHECKED_FIRST = 2**18  # characters of the corpus compared before anything is written

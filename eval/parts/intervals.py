@@ -2,10 +2,7 @@
 
 import numpy as np
 
-if __package__:
-    from . import perplexity
-else:
-    import perplexity
+from .. import perplexity
 
 LEAST_DOCUMENTS = 10  # a bootstrap over fewer says nothing
 METHOD = "95 % bootstrap-t over documents, 999 resamples, seed 0"

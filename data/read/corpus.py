@@ -9,13 +9,14 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
-from .arguments import SOURCE
+from smolpretrain.core.files import describe_file
+
 from .builtin import builtin_documents
 from .documents import Documents, MixedDocuments, one_line
 from .long_text import LONG_BYTES, LongText
-from .manifest import describe_file
 from .readers import JSON_LINES, ROWS_PER_READ, JsonLines, Parquet, Rows, Stream
 
+SOURCE = ("dataset_name", "dataset_config_name", "dataset_split", "dataset_revision", "data_files", "text_column")
 BUILDERS = dict.fromkeys((".jsonl", ".json", ".jsonl.gz", ".json.gz"), "json")
 BUILDERS |= {".parquet": "parquet", ".txt": "text", ".csv": "csv"}
 

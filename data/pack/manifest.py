@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from smolpretrain.core.files import describe_file, sync
+
 FILE_NAME = "manifest.json"
 FORMAT_VERSION = 2
 # What decides the tokens. Another value of one of these is another set.
@@ -132,22 +134,6 @@ class Manifest:
                 f"delete {prepared_dir} and prepare it again."
             )
         return manifest
-
-
-def sync(path: str | os.PathLike) -> None:
-    """Have a file or directory reach the disk before anything that names it does."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def describe_file(path: str | os.PathLike) -> dict:
-    """Return a file's base name, bytes and sha256."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": os.path.basename(path), "bytes": os.path.getsize(path), "sha256": digest}
 
 
 def verify(prepared_dir: str | os.PathLike, sha256: bool = False) -> Manifest:

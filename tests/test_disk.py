@@ -7,7 +7,8 @@ from test_divergence import Fault, saved, train
 from transformers import LlamaConfig
 
 from smolpretrain.arguments import PretrainArguments
-from smolpretrain.training import checkpoints, space
+from smolpretrain.training.safety import checkpoints
+from smolpretrain.training.safety import disk as space
 
 CONFIG = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 

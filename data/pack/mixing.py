@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from .cleaning import Cleaner, Cleaning, Seen
-from .documents import Documents, MixedDocuments, Shares, Tally
+from ..read.cleaning import Cleaner, Cleaning, Seen
+from ..read.documents import Documents, MixedDocuments, Shares, Tally
 from .feed import Encoded, Source
 
 DRAWS = 4096  # documents at most in one batch

@@ -7,19 +7,20 @@ unigram counts of each finished shard. A file without a record is of a shard tha
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from .corpus import is_held_out
+from smolpretrain.core.files import describe_file, sync, write_json
+
+from ..read.corpus import is_held_out
+from ..read.long_text import LongText
+from ..tokens.tokenization import token_dtype
 from .feed import Encoded, Feed
-from .long_text import LongText
-from .manifest import Manifest, describe_file, sync
+from .manifest import Manifest
 from .packing import document_starts, make_packer
-from .tokenization import token_dtype
 
 SPLITS = ("train", "validation")
 SHARD_BYTES = 256 * 2**20  # of text in one shard: what a kill costs at most
@@ -169,15 +170,6 @@ class ShardWriter:
     def close(self) -> None:
         for writer in (*self.splits, self._texts, self._dropped):
             writer.close()
-
-
-def write_json(path: Path, values) -> None:
-    """Write a JSON file: whole or not at all, on the disk when this returns."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values, sort_keys=True) + "\n", encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
 
 
 def records(work: Path, part: int) -> list[dict]:

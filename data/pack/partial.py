@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from smolpretrain.core.files import write_json
+
 from .manifest import Manifest, check_identity, verify
-from .shards import write_json
 
 TOKENIZERS_ONLY = "tokenizers-only"  # there once tokie disagreed on the way: `tokenizers` does all of it again
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from smolpretrain.core.files import describe_file
+
 from .corpus import find_files, read_documents
-from .manifest import describe_file
 
 NGRAM_WORDS = 13  # GPT-3's (Brown et al. 2020, appendix C)
 WORD = re.compile(r"\w+")

@@ -4,11 +4,7 @@ import csv
 import json
 from pathlib import Path
 
-if __package__:
-    from . import page, plots
-else:
-    import page
-    import plots
+from . import page, plots
 
 # What each metric can and cannot say.
 MEANING = {

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from .cleaning import Cleaner, Dropped, Seen
-from .documents import Documents, Tally
+from ..read.cleaning import Cleaner, Dropped, Seen
+from ..read.documents import Documents, Tally
 
 
 @dataclass

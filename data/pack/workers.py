@@ -8,10 +8,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from smolpretrain.core.files import write_json
+
+from ..read.cleaning import Cleaning, Seen
+from ..read.corpus import is_validation
+from ..tokens.encoding import Disagreement, Encoder
 from . import shards
-from .cleaning import Cleaning, Seen
-from .corpus import is_validation
-from .encoding import Disagreement, Encoder
 from .feed import Feed, Limits
 from .manifest import Manifest
 from .mixing import open_source
@@ -60,7 +62,7 @@ class Work:
         except Disagreement as error:
             if self.tokenizer_backend == "tokie":
                 raise ValueError(f"tokenizer_backend tokie cannot serve: {error}; set it to auto.") from None
-            shards.write_json(self.fallen_back, str(error))
+            write_json(self.fallen_back, str(error))
             raise
 
     def _forget(self, numbers: Iterable[int]) -> None:

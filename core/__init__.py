@@ -1,0 +1,1 @@
+"""The ground: what more than one room needs and no library gives. It imports no room."""

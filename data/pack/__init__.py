@@ -1,0 +1,1 @@
+"""Ids to rows on the disk, whole or absent."""

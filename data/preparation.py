@@ -1,0 +1,153 @@
+"""Prepare a set: documents to packed blocks on disk, whole or absent, resumable, in bounded memory."""
+
+import functools
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from .pack import shards
+from .pack.assemble import assemble
+from .pack.feed import Limits
+from .pack.manifest import Manifest
+from .pack.packing import check_packing, make_packer
+from .pack.partial import TOKENIZERS_ONLY, in_use, open_partial, prepared_already
+from .pack.preparation_log import PreparationLog
+from .pack.progress import Progress
+from .pack.workers import Work, write_parts
+from .read.cleaning import Cleaner, Cleaning
+from .read.documents import Documents, MixedDocuments
+from .read.readers import Rows
+from .tokens.encoding import check_backend
+from .tokens.tokenization import tokenizer_hash, vocabulary_size
+
+LIBRARIES = ("datasets", "numpy", "pyarrow", "tokenizers", "transformers")
+
+
+def prepare(
+    documents: Iterable[str],
+    tokenizer,
+    block_size: int,
+    prepared_dir: str | os.PathLike,
+    source: dict | None,
+    validation_fraction: float = 0.005,
+    packing: str = "concat",
+    progress: bool = True,
+    tokenizer_backend: str = "auto",
+    max_documents: int | None = None,
+    max_tokens: int | None = None,
+    cleaning: dict | None = None,
+    num_proc: int = 1,
+    shard_index: int = 0,
+    num_shards: int = 1,
+    save_tokenizer: bool = False,
+    only_merge: bool = False,
+    say: Callable[[str], None] = print,
+) -> Manifest | None:
+    """Write the set, or find it already there. A preparation that was killed goes on from its last finished shard.
+
+    Args:
+        documents: `corpus.read_documents`'s, or any iterable of texts, none blank, the same at every start.
+        tokenizer: See `tokenization.load_tokenizer`.
+        prepared_dir: Absent, empty, or a set of the same identity, which is used as it is.
+        source: What `corpus.describe_source` says; part of the identity, so that another text is noticed. None: a set
+            is there, of whatever text, and used as it is.
+        progress: Show a bar.
+        tokenizer_backend: See `encoding.Encoder`.
+        max_documents, max_tokens: See `feed.Limits`.
+        cleaning: Keyword arguments of `cleaning.Cleaning`.
+        num_proc: Processes of this machine that share the parts. A bounded, mixed or deduplicated corpus is one part.
+        shard_index, num_shards: This machine's number, from 0, of those that share the parts and prepared_dir. With
+            more than one, the set is joined by `prepare.py --merge` afterwards.
+        save_tokenizer: Keep the tokenizer in the set, in tokenizer/.
+        only_merge: Write no part: join those that are there, once all are.
+
+    Returns:
+        The manifest; None where other machines' parts are not to be waited for.
+
+    Raises:
+        ValueError: A bad argument, no text, fewer tokens than one block, nothing held out, a set of another identity or
+            a damaged one in prepared_dir.
+        OSError: The disk is full or cannot be written.
+    """
+    if not 0 <= shard_index < num_shards:
+        raise ValueError(f"shard_index must be at least 0 and below num_shards = {num_shards}, got {shard_index}.")
+    limits, cleaning = Limits(max_documents, max_tokens), Cleaning(**(cleaning or {}))
+    one_part = limits or cleaning.deduplicate or isinstance(documents, MixedDocuments)
+    if one_part and num_shards > 1:
+        raise ValueError(
+            "max_documents, max_tokens, deduplicate and mixture look at one stream of documents: set num_shards to 1."
+        )
+    options = {name: value for name, value in asdict(limits).items() if value is not None} | cleaning.describe()
+    manifest = plan(tokenizer, block_size, source, validation_fraction, packing, options)
+    check_backend(tokenizer_backend)
+    target = Path(os.path.realpath(prepared_dir))
+    if (found := prepared_already(target, manifest)) is not None:
+        return found
+    if source is None:
+        raise ValueError(f"{prepared_dir} is not a prepared set; name the text to prepare it from.")
+    if not isinstance(documents, Documents | MixedDocuments):
+        documents = Documents([Rows("documents", functools.partial(iter, documents))])
+    if cleaning.by_text:
+        Cleaner(cleaning)  # its checks, before a directory is made
+    parts = [documents] if one_part else documents.parts()
+    work = Work(open_partial(target, manifest), parts, tokenizer, manifest, tokenizer_backend, limits, cleaning)
+    log = PreparationLog(target)
+    with in_use(work.directory), log.failure():
+        if not only_merge:
+            share = f" share {shard_index} of {num_shards}" if num_shards > 1 else ""
+            log.began(manifest, len(list(work.directory.glob("shard-*.json"))), share)
+            done = Progress(progress, documents.bytes, say)
+            write_parts(work, shard_index, num_shards, num_proc, done)
+            log.wrote(done)
+        if num_shards > 1 and not only_merge:
+            return None
+        if save_tokenizer:
+            tokenizer.save_pretrained(work.directory / "set" / "tokenizer")
+        made = merge(work.directory, target, len(parts), manifest)
+        log.ended(made)
+        return made
+
+
+def plan(
+    tokenizer, block_size: int, source: dict | None, validation_fraction: float, packing: str, options: dict
+) -> Manifest:
+    """Return the manifest of a set to be made: what decides its tokens. Raises ValueError: a bad argument."""
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}.")
+    check_packing(packing)
+    make_packer(block_size, packing, tokenizer.eos_token_id)  # its checks, before a directory is made
+    return Manifest(
+        source=source,
+        validation_fraction=validation_fraction,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        vocab_size=vocabulary_size(tokenizer),
+        block_size=block_size,
+        packing=packing,
+        options=options,
+        versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+    )
+
+
+def merge(work: Path, target: Path, parts: int, manifest: Manifest) -> Manifest:
+    """Join the finished parts into the set.
+
+    Raises ValueError naming the parts that are missing, and where the corpus cannot be a set.
+    """
+    missing = [number for number in range(parts) if not shards.is_done(work, number)]
+    if missing:
+        named = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(f"{len(missing)} of {parts} parts of {target} are not finished ({named}): prepare them first.")
+    if (work / TOKENIZERS_ONLY).exists():
+        for number in range(parts):
+            if any(record["backend"] != "tokenizers" for record in shards.records(work, number)):
+                raise ValueError(f"part {number} of {target} was encoded by tokie, which disagreed: prepare it again.")
+    try:
+        return assemble(work, target, parts, manifest)
+    except ValueError:
+        shutil.rmtree(work)
+        raise

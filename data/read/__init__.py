@@ -1,0 +1,1 @@
+"""Where text comes from: files, the Hub, mixtures, the built-in text; and its cleaning."""

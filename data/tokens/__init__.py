@@ -1,0 +1,3 @@
+"""Text to ids."""
+
+BACKENDS = ("auto", "tokenizers", "tokie")

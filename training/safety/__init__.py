@@ -1,0 +1,1 @@
+"""What a run survives: checkpoints, resume, signals, ranks, disks, divergence."""
