@@ -13,6 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
 from smolpretrain import ds_configs, limits
+from smolpretrain.core import precision
 from smolpretrain.data.arguments import CorpusArguments, one_of
 
 STREAM_DOCUMENTS = 20_000  # at 2 kB each 40 MB of text: seconds to prepare, 100 held out at the default fraction
@@ -149,7 +150,13 @@ class PretrainArguments(TrainingArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prepared set, unless max_steps."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
     weight_decay: float = field(default=0.1, metadata={"help": "AdamW's decay; norms and biases are excluded."})
-    bf16: bool = field(default=True, metadata={"help": "Compute in bfloat16; false computes in float32."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute in bfloat16; false computes in float32. Default: true where the device has instructions "
+            "for it, which CUDA devices from 8.0 on and CPUs with AVX-512 have; the run says where it has none."
+        },
+    )
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop an epoch's last, unfilled batch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The packed set has no unused columns."})
     eval_strategy: IntervalStrategy | str = field(
@@ -250,6 +257,8 @@ class PretrainArguments(TrainingArguments):
             self.deepspeed = None if self.deepspeed.lower() in ("", "none", "null") else ds_configs.find(self.deepspeed)
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        kind = "cpu" if self.use_cpu else torch.accelerator.current_accelerator().type
+        self.bf16, self.precision_said = precision.choose(self.bf16, kind)
         if self.deepspeed:
             ds_configs.check(self)
             ds_configs.stand_alone()

@@ -21,6 +21,7 @@ if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the pack
 
 from smolpretrain import ds_configs
 from smolpretrain.command_line import parse_args, read_json
+from smolpretrain.core import precision
 from smolpretrain.planning import assemble, contradictions, counting, hardware, laws, report, scaling
 
 
@@ -85,6 +86,8 @@ def parse(argv):
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}.")
+    if values["bf16"] is None:
+        values["bf16"] = plan_args.gpu not in (None, "cpu") or precision.computes_bf16("cpu")
     return values, plan_args
 
 

@@ -298,6 +298,8 @@ def story(argv):
         ranks.forget_shared_buffer(RANK)
         if RANK == 0 and (sentence := lock.take(args.output_dir)):
             say(sentence)
+        if args.precision_said:
+            say(args.precision_said)
         upload = uploads.claim(args, say) if args.push_to_hub and RANK == 0 else None
         share = args.stream_share() if data_args.trains_from_stream else None
         config = model.load_config(model_args.model_name, model_args.config_overrides)

@@ -9,6 +9,8 @@ import os
 import time
 from typing import NamedTuple
 
+from smolpretrain.core import precision
+
 
 class Device(NamedTuple):
     """One device.
@@ -127,10 +129,13 @@ def this_device(device):
 
 
 def product_rate(seconds, clock=time.perf_counter):
-    """FLOPs a second of a bf16 matrix product on this CPU: the best of 1024 x 2048 x 2048 in so many seconds."""
+    """FLOPs a second of a matrix product on this CPU, in bf16 where it has instructions for it, else in float32: the
+    best of 1024 x 2048 x 2048 in so many seconds.
+    """
     import torch
 
-    left, right = torch.randn(1024, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+    dtype = torch.bfloat16 if precision.computes_bf16("cpu") else torch.float32
+    left, right = torch.randn(1024, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
     best, began = float("inf"), clock()
     while clock() - began < seconds or best == float("inf"):
         start = clock()
@@ -145,7 +150,8 @@ def measure_cpu():
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    source = f"measured here: bf16 matrix product, {torch.get_num_threads()} threads"
+    kind = "bf16" if precision.computes_bf16("cpu") else "float32"
+    source = f"measured here: {kind} matrix product, {torch.get_num_threads()} threads"
     return Device("cpu", product_rate(0.3), float(memory), None, None, None, source)
 
 

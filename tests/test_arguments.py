@@ -12,6 +12,7 @@ from transformers.integrations import integration_utils
 from smolpretrain import arguments, ds_configs, limits
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 from smolpretrain.command_line import collect, parse_args
+from smolpretrain.core import precision
 
 ROOT = Path(__file__).parents[1]
 CLASSES = (ModelArguments, DataArguments, PretrainArguments)
@@ -70,7 +71,6 @@ def test_an_unknown_key_gets_a_suggestion(args_json):
         ("max_steps", 2.5, "valid integer"),
         ("bf16", "yes", "must be true or false"),
         ("bf16", 1, "must be true or false"),
-        ("bf16", None, "valid boolean"),
         ("model_name", ["a"], "valid string"),
         ("data_files", 3, "valid list"),
         ("config_overrides", "wide", "valid dictionary"),
@@ -201,7 +201,7 @@ def test_a_deepspeed_json_that_contradicts_the_arguments_is_refused(tmp_path, ch
     config = json.loads((ROOT / "ds_configs" / "zero2.json").read_text()) | change
     (tmp_path / "ds.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=reason):
-        parse(f"deepspeed={tmp_path / 'ds.json'}")
+        parse(f"deepspeed={tmp_path / 'ds.json'}", "bf16=true")
 
 
 @pytest.mark.parametrize("path", sorted(path.name for path in (ROOT / "ds_configs").glob("*.json")))
@@ -227,7 +227,11 @@ def test_defaults_are_those_of_pre_training():
     found = {name: getattr(training, name) for name in ("adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm")}
     assert found == {"adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.1, "max_grad_norm": 1.0}
     assert training.optim == "adamw_bnb_8bit" and training.lr_scheduler_type == "cosine"
-    assert training.bf16 and training.activation_checkpointing and training.save_total_limit == 3
+    assert (
+        training.bf16 is precision.computes_bf16("cpu")
+        and training.activation_checkpointing
+        and training.save_total_limit == 3
+    )
     default = {f.name: f.default for f in dataclasses.fields(PretrainArguments)}
     assert default["deepspeed"] == "ds_configs/zero2.json"
 
@@ -278,3 +282,16 @@ def test_a_lock_that_a_killed_build_left_is_removed_and_a_working_one_s_is_not(t
     assert not (directory / "lock").exists()
     (directory / f"{ds_configs.EXTENSION}.so").touch()
     assert ds_configs.say_if_unbuilt(True) is None
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_follows_the_device_unless_it_is_given(native, monkeypatch):
+    monkeypatch.setattr(precision, "computes_bf16", lambda kind: native)
+    (_, _, default), (_, _, off), (_, _, on) = (parse(PLAIN, *words) for words in ([], ["bf16=false"], ["bf16=true"]))
+    assert (default.bf16, off.bf16, on.bf16) == (native, False, True)
+    assert off.precision_said is None
+    if native:
+        assert default.precision_said is on.precision_said is None
+    else:
+        assert default.precision_said == "bf16: false, this CPU has no bfloat16 instructions; computing in float32."
+        assert on.precision_said.startswith("bf16 = true: this CPU has no bfloat16 instructions")

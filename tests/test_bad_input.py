@@ -123,7 +123,6 @@ ROWS = [
     ("B3", ["learning_rate=fast"], 'command line: learning_rate = "fast": should be a valid number'),
     ("B4", ["bf16=yes"], 'bf16 = "yes": must be true or false.'),
     ("B4", ["bf16=Off"], 'bf16 = "Off": must be true or false.'),
-    ("B4", ["bf16=null"], "bf16 = null: should be a valid boolean"),
     ("B4", ["bf16=[true]"], "bf16 = [true]: must be true or false."),
     ("B5", ["none.json"], "none.json: cannot be read: No such file or directory."),
     *[
