@@ -230,7 +230,7 @@ def test_every_shipped_deepspeed_config_trains_and_exports_on_two_ranks(launch, 
     output_dir = tmp_path / config
     (tmp_path / "prompts.txt").write_text("Of the\n")
     done = launch("deepspeed", "--num_gpus", "2", "run_pretrain.py", *TINY, f"data_files={corpus_file}",
-                  f"output_dir={output_dir}", f"deepspeed=ds_configs/{config}.json", "max_steps=6",
+                  f"output_dir={output_dir}", f"deepspeed=ds_configs/{config}.json", "bf16=true", "max_steps=6",
                   "per_device_train_batch_size=2", "eval_strategy=steps", "eval_steps=6", "sample_steps=6",
                   "activation_checkpointing=true", f"sample_prompts={tmp_path / 'prompts.txt'}",
                   OMP_NUM_THREADS="1")  # fmt: skip
