@@ -1,7 +1,7 @@
-"""The table of configs/README.md: what each recipe trains, on what, how long and for how much, as plan.py says it.
+"""The table of docs/recipes.md: what each recipe trains, on what, how long and for how much, as plan.py says it.
 
     python benchmarks/recipes_table.py            # prints the table
-    python benchmarks/recipes_table.py --write    # and puts it into configs/README.md
+    python benchmarks/recipes_table.py --write    # and puts it into docs/recipes.md
 
 A CPU's rate is measured by the plan, so that its time would change with the machine: it is left to the text.
 """
@@ -48,7 +48,7 @@ def row(name, words):
     cpu = device.name == "cpu"
     room = "" if cpu else f" of {memory['device_bytes'] / GIB:.1f}"
     cells = (
-        f"[{name}]({name}.json)",
+        f"[{name}](../configs/{name}.json)",
         size(made["model"]["total"]),
         f"{size(data['tokens'])} ({size(data['tokens_a_step'])})",
         "2 CPU cores" if cpu else f"{plan_args.gpus} x {device.name}",
@@ -66,10 +66,10 @@ def table():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="replace the table of configs/README.md")
+    parser.add_argument("--write", action="store_true", help="replace the table of docs/recipes.md")
     made = table()
     if parser.parse_args().write:
-        path = CONFIGS / "README.md"
+        path = CONFIGS.parent / "docs" / "recipes.md"
         text = path.read_text(encoding="utf-8")
         path.write_text(re.sub(r"\| recipe \|.*?\n(?=\n)", lambda _: made + "\n", text, flags=re.S), encoding="utf-8")
     print(made)

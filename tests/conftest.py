@@ -39,6 +39,28 @@ SECRETS = {  # what a user's environment may hold, none of it real
 }
 
 
+def tracked_files():
+    """Files of this project as git knows them; in an sdist, which has no git, as it was packed."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        names = (ROOT / "smolpretrain.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").splitlines()
+        names = [name for name in names if ".egg-info/" not in name]
+    else:
+        names = listed.stdout.splitlines()
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
+def copy_clone(where):
+    """A clone of its own, for what writes beside its sources."""
+    for path in tracked_files():
+        copy = where / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    return where
+
+
 @contextlib.contextmanager
 def nothing_left():
     """Random numbers from the start; what a run leaves in the environment (accelerate: RANK) and of handlers ends."""
@@ -80,7 +102,9 @@ def forks_hear():
 def corpus_file(tmp_path_factory):
     """JSON lines of documents of 5 to 400 words, so that rows hold unequal numbers of documents and targets."""
     random.seed(0)
-    words = (ROOT / "README.md").read_text(encoding="utf-8").split() + (ROOT / "LICENSE").read_text().split()
+    words = (ROOT / "LICENSE").read_text().split()
+    with open(ROOT / "eval" / "educational" / "items.jsonl", encoding="utf-8") as items:
+        words += [word for line in items for word in json.loads(line)["question"].split()]
     path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
     with open(path, "w", encoding="utf-8") as file:
         for _ in range(300):

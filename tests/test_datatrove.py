@@ -48,10 +48,10 @@ def die_once(data, rank, world_size):
 if __name__"""
 
 
-def readme_pipeline() -> str:
-    """README's own pipeline: two tasks, the set named on the command line, and a way to die."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "PackedSetWriter" in block)
+def documented_pipeline() -> str:
+    """The pipeline of docs/data.md: two tasks, the set named on the command line, and a way to die."""
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "PackedSetWriter" in block)
     changes = {"if __name__": SMALL, '"prepared/web"': "sys.argv[1]", "Filter(), writer": "Filter(), die_once, writer"}
     changes |= {"tasks=8": "tasks=2, workers=2 if sys.argv[1] == 'packed' else 1"}
     changes |= {f'"logs/{name}"': f'"logs/{name}-" + sys.argv[1]' for name in ("pack", "merge")}
@@ -66,14 +66,14 @@ def readme_pipeline() -> str:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """Three files of text, a tokenizer, and README's pipeline."""
+    """Three files of text, a tokenizer, and the pipeline of docs/data.md."""
     top = tmp_path_factory.mktemp("datatrove")
     (top / "web").mkdir()
     for number, texts in enumerate(TEXTS):
         lines = [json.dumps({"text": text, "id": str(row)}) for row, text in enumerate(texts)]
         (top / "web" / f"{number:05d}.jsonl").write_text("\n".join(lines))
     train_tokenizer(KEPT, 320).save_pretrained(top / TOKENIZER)
-    (top / "pipeline.py").write_text(readme_pipeline())
+    (top / "pipeline.py").write_text(documented_pipeline())
     return top
 
 

@@ -1,18 +1,13 @@
-"""The house: who imports whom, what a wheel holds, what README promises."""
+"""The house: who imports whom, what a wheel holds, what no file names."""
 
 import ast
-import json
 import re
 import subprocess
 import sys
 import zipfile
-from dataclasses import fields
 
 import pytest
-from conftest import ROOT
-from transformers import TrainingArguments
-
-from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
+from conftest import ROOT, tracked_files
 
 PRODUCT = [
     path
@@ -153,52 +148,11 @@ def test_a_wheel_holds_one_top_level_name_and_its_data_files(tmp_path):
     assert not [name for name in names if "tests/" in name or "runs/" in name]
 
 
-def test_readme_s_table_of_defaults_is_the_code_s():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    defaults = {f.name: f.default for cls in (ModelArguments, DataArguments, PretrainArguments) for f in fields(cls)}
-    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", readme, flags=re.MULTILINE)
-    theirs = {f.name: f.default for f in fields(TrainingArguments)}
-    assert {name for name, _ in rows} == {n for n in theirs if n in defaults and defaults[n] != theirs[n]}
-    for name, value in rows:
-        assert json.dumps(defaults[name]) == json.dumps(json.loads(value)), name
-
-
-def test_readme_s_list_of_our_own_keys_is_the_code_s():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (listed,) = re.findall(r"Our own keys:\s+`([^`]+)`", readme)
-    theirs = {f.name for f in fields(TrainingArguments)}
-    ours = [f.name for cls in (ModelArguments, DataArguments, PretrainArguments) for f in fields(cls)]
-    assert re.split(r",\s+", listed) == [name for name in ours if name not in theirs]
-
-
-def test_readme_names_only_tests_that_there_are():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    names = [name for path in ROOT.glob("tests/*.py") for name in re.findall(r"def (test_\w+)", path.read_text())]
-    promised = re.findall(r"`(test_[a-z0-9_]+)(\.\.\.)?`", readme)
-    assert len(promised) > 40
-    assert not [p for p, more in promised if not any(n == p or (more and n.startswith(p)) for n in names)]
-
-
-def test_readme_has_no_gap_left_to_fill():
-    assert "@@" not in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_readme_s_two_commands_are_the_makefile_s():
-    readme, makefile = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "Makefile"))
-    for command in ("pip install -c constraints.txt -e .", "pip install -c constraints.txt -e '.[test]'"):
-        assert command in readme and command in makefile
-    for command in ("make train", "make test", "deepspeed run_pretrain.py args.json"):
-        assert command in readme
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
-
-
 @pytest.mark.parametrize("pattern", [r"/(?:home|root|work|mnt|Users)/\w", r"hf_[A-Za-z0-9]{20,}"])
 def test_no_file_names_a_machine_s_path_or_a_token(pattern):
-    tracked = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    assert len(tracked.stdout.split()) > 30
-    for name in tracked.stdout.split():
-        if name.endswith((".py", ".md", ".json", ".cfg", ".toml", ".txt", ".yml", ".yaml", "Makefile", "run")):
-            text = (ROOT / name).read_text(encoding="utf-8")
-            assert not [m for m in re.findall(pattern, text) if name != "tests/test_house.py"], name
+    tracked = tracked_files()
+    assert len(tracked) > 30
+    for path in tracked:
+        if path.name.endswith((".py", ".md", ".json", ".cfg", ".toml", ".txt", ".yml", ".yaml", "Makefile", "run")):
+            text = path.read_text(encoding="utf-8")
+            assert not [m for m in re.findall(pattern, text) if path.name != "test_house.py"], path

@@ -1,6 +1,6 @@
 """The loop of launch.py --restarts, around a command that ends as a script says: when it starts again, when it ends.
 
-What real runs do under it is in test_interruptions.py. And the launch lines of configs/README.md for several machines.
+What real runs do under it is in test_interruptions.py. And the launch lines of docs/launching.md for several machines.
 """
 
 import json
@@ -112,7 +112,7 @@ def test_a_signal_between_two_starts_ends_it(loop, tmp_path):
     assert ended(process, tmp_path)[:2] == (75, 1)
 
 
-MACHINES = {  # a line of configs/README.md: what is smaller of it, the recipe aside, for machine n of 2
+MACHINES = {  # a line of docs/launching.md: what is smaller of it, the recipe aside, for machine n of 2
     "torchrun": {
         "--nnodes 8": "--nnodes 2",
         "--nproc_per_node 8": "--nproc_per_node 1",
@@ -132,7 +132,7 @@ MACHINES = {  # a line of configs/README.md: what is smaller of it, the recipe a
 def test_a_launch_line_of_several_machines_trains_one_run_with_a_rank_from_each(launcher, small_words, tmp_path):
     """Two launchers on loopback, each for a machine of one rank, that share a disk."""
     recipe, port = "configs/smollm2-135m.json", free_port()
-    lines = (ROOT / "configs" / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs" / "launching.md").read_text(encoding="utf-8").splitlines()
     (line,) = [each for each in lines if each.startswith(launcher) and each.endswith(recipe)]
     hosts = tmp_path / "hosts"
     hosts.write_text("worker-1 slots=1\nworker-2 slots=1\n")

@@ -208,7 +208,7 @@ def test_a_recipe_holds_only_what_differs_from_the_defaults_and_plans_without_a_
 
 def test_the_table_of_recipes_is_the_plan_s():
     assert set(TABLE["RUNS"]) == set(TRAINING)
-    assert TABLE["table"]() in (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    assert TABLE["table"]() in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 
 def test_the_recipes_of_smollm2_have_their_authors_batch_length_and_rate():

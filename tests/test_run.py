@@ -116,11 +116,11 @@ def test_run_json_has_what_others_rely_on(readme_run):
     assert run["parameters"] == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(readme_run[0]).parameters())
 
 
-def test_the_output_tree_is_the_one_that_readme_draws(readme_run):
+def test_the_output_tree_is_the_one_that_docs_draw(readme_run):
     output_dir, recipe, _ = readme_run
     found = {re.sub(r"-\d+$", "-N", path.name) for path in output_dir.iterdir()}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = readme[readme.index("\nruns/first/\n") + 1 :].split("```")[0]
+    page = (ROOT / "docs" / "outputs.md").read_text(encoding="utf-8")
+    tree = page[page.index("\nruns/first/\n") + 1 :].split("```")[0]
     drawn = set(re.findall(r"^  ([\w.-]+)/?", tree, flags=re.MULTILINE))
     assert found == drawn
     steps = {int(path.name.split("-")[1]) for path in output_dir.glob("checkpoint-*")}

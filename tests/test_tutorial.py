@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 import httpx
 import psutil
 import pytest
-from conftest import BIN, ROOT, free_port
+from conftest import BIN, ROOT, copy_clone, free_port
 from gradio_client import Client
 from test_recipes import CORPUS, TOKENIZER, card, parquet, recipe_of, reduced, texts
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -135,15 +134,7 @@ def serve(shell, command):
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A copy of the tree, as `git clone` would make it."""
-    where = tmp_path_factory.mktemp("tutorial") / "smolpretrain"
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    for name in listed.stdout.splitlines():
-        (where / name).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_file():
-            shutil.copy(ROOT / name, where / name)
-    return where
+    return copy_clone(tmp_path_factory.mktemp("tutorial") / "smolpretrain")
 
 
 @pytest.fixture(scope="module")
