@@ -1,12 +1,15 @@
-# Two commands, each of which sets up what it needs in .venv. Set PYTHON for another interpreter (3.11 or newer).
+# Each command sets up what it needs in .venv. Set PYTHON for another interpreter (3.11 or newer).
 #   make train [ARGS="key=value ..."]     trains on the built-in text
 #   make test  [ARGS="..."]               runs the tests
+#   make fast  [ARGS="..."]               runs those that launch no real training, on all cores: about two minutes on two
+#   make docs                             builds the site into build/site
 PYTHON ?= python3
-VENV := $(CURDIR)/.venv
+# Relative, because a name with a space in it is two names to make. PATH has it whole: recipes run this environment's.
+VENV := .venv
 SHELL := /bin/bash
-export PATH := $(VENV)/bin:$(PATH)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: train test
+.PHONY: train test fast docs
 
 train: $(VENV)/train.installed
 	@echo "+ python launch.py deepspeed run_pretrain.py args.json $(ARGS)"
@@ -14,7 +17,15 @@ train: $(VENV)/train.installed
 
 test: $(VENV)/test.installed
 	@echo "+ pytest $(ARGS)"
-	@pytest $(ARGS) ; exit $$?
+	@python -m pytest $(ARGS) ; exit $$?
+
+fast: $(VENV)/test.installed
+	@echo "+ pytest -m 'not slow' -n auto --dist loadfile $(ARGS)"
+	@python -m pytest -m 'not slow' -n auto --dist loadfile $(ARGS) ; exit $$?
+
+docs: $(VENV)/docs.installed
+	@echo "+ mkdocs build --strict"
+	@python -m mkdocs build --strict
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
@@ -22,8 +33,12 @@ $(VENV)/bin/python:
 
 $(VENV)/train.installed: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "+ pip install -c constraints.txt -e ."
-	@pip install -c constraints.txt -e . && touch $@
+	@python -m pip install -c constraints.txt -e . && touch $@
 
 $(VENV)/test.installed: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "+ pip install -c constraints.txt -e '.[test]'"
-	@pip install -c constraints.txt -e '.[test]' && touch $@
+	@python -m pip install -c constraints.txt -e '.[test]' && touch $@
+
+$(VENV)/docs.installed: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "+ pip install -c constraints.txt 'mkdocs-material'"
+	@python -m pip install -c constraints.txt mkdocs-material && touch $@

@@ -1,0 +1,49 @@
+"""`make` where a path has a space: one environment, inside the clone, and nothing installed into the caller's."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+TOOL = """#!/bin/sh
+echo "$0 $*" >> "$LOG"
+case "$*" in
+    "-m venv "*) for d in "$3"; do mkdir -p "$d/bin"; cp "$0" "$d/bin/python"; cp "$0" "$d/bin/pip"; done;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "runs"),
+    [
+        ("train", "launch.py deepspeed run_pretrain.py args.json max_steps=3"),
+        ("test", "-m pytest max_steps=3"),
+        ("fast", "-m pytest -m not slow -n auto --dist loadfile max_steps=3"),
+        ("docs", "-m mkdocs build --strict"),
+    ],
+)
+def test_make_in_a_path_with_a_space_uses_one_environment_in_the_clone(target, runs, tmp_path):
+    """A stand-in for Python notes what is asked of it: it is the Makefile that is tested."""
+    clone, caller, log = tmp_path / "my models" / "a clone", tmp_path / "caller", tmp_path / "log"
+    clone.mkdir(parents=True)
+    caller.mkdir()
+    for name in ("python3", "python", "pip"):
+        (caller / name).write_text(TOOL)
+        (caller / name).chmod(0o755)
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, clone / name)
+    environment = os.environ | {"PATH": f"{caller}:{os.environ['PATH']}", "LOG": str(log)}
+    for _ in range(2):
+        subprocess.run(
+            ["make", target, "ARGS=max_steps=3"], cwd=clone, env=environment, check=True, capture_output=True
+        )
+    assert [path.name for path in clone.parent.iterdir()] == ["a clone"] and {".venv"} == {
+        path.name for path in clone.iterdir() if path.is_dir()
+    }
+    asked = log.read_text().splitlines()
+    assert sum(" -m venv " in line for line in asked) == sum(" -m pip install " in line for line in asked) == 1
+    ours = str(clone / ".venv" / "bin" / "python")
+    assert not [line for line in asked if " -m pip " in line and not line.startswith(ours)], "into the caller's"
+    assert asked[-1] == f"{ours} {runs}"
