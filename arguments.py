@@ -201,8 +201,8 @@ class PretrainArguments(TrainingArguments):
     on_spike: str = field(
         default="stop",
         metadata={
-            "help": "A loss above the mean of the last 128 good steps by 6 times their noise: stop counts it as a "
-            "bad step, skip counts it and does not apply it, report only says it."
+            "help": "A spike is a loss above the mean of the last 128 good steps by 6 times their noise. Of one, stop "
+            "counts it as a bad step, skip also does not apply it, and report only says it."
         },
     )
     max_eval_samples: int = field(default=1024, metadata={"help": "Held-out rows scored at each eval, evenly spaced."})
