@@ -1,11 +1,10 @@
 """Every knob, its default, and every check that needs neither data nor device.
 
-command_line.py fills these from `args.json key=value ...`; a ValueError here begins with the key's name.
+core/words.py fills these from `args.json key=value ...`; a ValueError here begins with the key's name.
 """
 
 import typing
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 import torch
 from transformers import SchedulerType, TrainingArguments
@@ -15,21 +14,18 @@ from transformers.training_args import OptimizerNames
 from smolpretrain import ds_configs, limits
 from smolpretrain.core import precision
 from smolpretrain.data.arguments import CorpusArguments, one_of
+from smolpretrain.limits import COMPRESSIONS, SCHEDULE
 
 STREAM_DOCUMENTS = 20_000  # at 2 kB each 40 MB of text: seconds to prepare, 100 held out at the default fraction
 SAME_ON_RESUME = (
     *("seed", "data_seed", "per_device_train_batch_size", "dataloader_drop_last", "bf16", "max_grad_norm", "optim"),
     *("optim_args", "z_loss", "gradient_compression", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
-SCHEDULE = (  # what allow_changes can name
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_fraction"),
-)
 FREE_ON_RESUME = (
     *("max_steps", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "keep_every_steps"),
     *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "max_eval_samples", "sample_steps"),
     *("dataloader_num_workers", "activation_checkpointing", "ddp_timeout", "max_bad_steps", "on_spike"),
 )
-COMPRESSIONS = ("none", "bf16", "fp16", "powersgd")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
@@ -247,10 +243,6 @@ class PretrainArguments(TrainingArguments):
 
     def __post_init__(self):
         limits.check(self)
-        for name in self.allow_changes or []:
-            one_of("allow_changes", name, SCHEDULE)
-        if self.spot_notice_url not in (None, "aws") and urlsplit(self.spot_notice_url).scheme not in ("http", "https"):
-            raise ValueError(f"spot_notice_url = {self.spot_notice_url} must be aws or begin with http:// or https://.")
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True  # recomputes activations: slower, far less memory
         if isinstance(self.deepspeed, str):
@@ -264,7 +256,6 @@ class PretrainArguments(TrainingArguments):
             ds_configs.stand_alone()
         asked = self.optim
         self.optim = "adamw_torch_fused" if asked == limits.MUON else asked  # TrainingArguments knows no Muon
-        one_of("gradient_compression", self.gradient_compression, COMPRESSIONS)
         limits.check_compression(self)
         super().__post_init__()
         if self.deepspeed and self.gradient_compression != "none":

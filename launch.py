@@ -24,12 +24,14 @@ from pathlib import Path
 
 import psutil
 
+if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+    runpy.run_path(str(Path(__file__).resolve().parent / "in_place.py"))
+
+from smolpretrain.core import status as statuses
+
 LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-INTERRUPTED = os.EX_TEMPFAIL  # 75, as the ranks say it
 BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM, 256 - signal.SIGTERM)  # as subprocess, shells, DeepSpeed say it
-STOP_FILE = "its STOP file"  # as training/safety/guards.py says it in run.json
-END = (0, 2, 3, 4, 5, 6)  # done, or what another start would meet again
 DEFAULT_OUTPUT_DIR = "runs/pretrain"  # of arguments.py, which takes seconds to import
 PAUSE_SECONDS = 5  # before another start: ports and GPUs of the last one are free again
 PATIENCE_SECONDS = 60  # until a rank must have appeared: ssh to other machines has none here
@@ -82,15 +84,13 @@ def run(command, heard):
         time.sleep(0.2)
     status = child.returncode
     if orphaned or (heard and status in BY_SIGTERM):
-        return INTERRUPTED
+        return statuses.INTERRUPTED
     return status if status >= 0 else 128 - status
 
 
 def output_dir(command):
     """Where the run keeps its checkpoints, from the words after the script; None where it will refuse them."""
-    if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
-        runpy.run_path(str(Path(__file__).resolve().parent / "in_place.py"))
-    from smolpretrain.command_line import collect
+    from smolpretrain.core.words import collect  # pydantic: not for a launch without --restarts
 
     script = next((place for place, word in enumerate(command) if word.endswith((".py", "smolpretrain"))), 0)
     try:
@@ -119,14 +119,14 @@ def last_stop(directory):
 def asked_to_stop(directory, before=None):
     """Whether a STOP file is there, or was heard by the ranks, which remove it, since `before` was the last stop."""
     now = last_stop(directory)
-    heard = now != before and (now or {}).get("by") == STOP_FILE
-    return heard or bool(directory and (directory / "STOP").exists())
+    heard = now != before and (now or {}).get("by") == statuses.BY_STOP_FILE
+    return heard or bool(directory and (directory / statuses.STOP).exists())
 
 
 def run_again(command, restarts, heard):
     """Run, and again after an interruption or a crash; returns the last exit status.
 
-    It ends with a status of END, a signal to this command, the run's STOP file, the last restart, or the second crash
+    It ends with a status of FINAL, a signal to this command, the run's STOP file, the last restart, or the second crash
     in a row that has left no newer checkpoint: a third would not either.
     """
     directory, fruitless = output_dir(command), 0
@@ -134,8 +134,8 @@ def run_again(command, restarts, heard):
     for left in range(restarts, -1, -1):
         stopped, status = last_stop(directory), run(command, heard)
         before, reached = reached, newest_step(directory)
-        fruitless = 0 if status == INTERRUPTED or reached > before else fruitless + 1
-        if status in END or heard or asked_to_stop(directory, stopped):
+        fruitless = 0 if status == statuses.INTERRUPTED or reached > before else fruitless + 1
+        if status in statuses.FINAL or heard or asked_to_stop(directory, stopped):
             break
         if not left or fruitless == 2:
             why = "no restart is left" if not left else f"two starts in a row have not come past step {reached}"
@@ -146,7 +146,7 @@ def run_again(command, restarts, heard):
         while time.monotonic() < again and not heard:
             time.sleep(0.2)
         if heard:
-            return INTERRUPTED
+            return statuses.INTERRUPTED
     return status
 
 

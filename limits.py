@@ -5,6 +5,7 @@ import os
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -51,6 +52,10 @@ LEFT_ALONE = {  # arguments of transformers that must keep their default here, a
     "load_best_model_at_end": "the model of the last step is exported",
 }
 MUON = "muon"
+COMPRESSIONS = ("none", "bf16", "fp16", "powersgd")
+SCHEDULE = (  # what allow_changes can name
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_fraction"),
+)
 PACKAGES = {  # optimizers of transformers by how their names begin: what they import, and what pip calls it
     **dict.fromkeys(("adamw_bnb", "adamw_8bit", "ademamix", "lion_", "paged_", "rmsprop_bnb"), ("bitsandbytes",) * 2),
     **dict.fromkeys(("adamw_torch_4bit", "adamw_torch_8bit"), ("torchao", "torchao")),
@@ -74,15 +79,25 @@ def check(args):
     Raises:
         ValueError: Begins with the key's name.
     """
+    check_values(args)
+    _check_environment(args)
+    _check_packages(str(getattr(args.optim, "value", args.optim)))
+    _check_compilation(args)
+
+
+def check_values(args):
+    """What holds on every machine: plan.py, which plans for others, asks this much of the same arguments.
+
+    Raises:
+        ValueError: Begins with the key's name.
+    """
     _check_ranges(args)
     _check_choices(args)
     if args.z_loss and (args.loss_chunk_tokens == 0 or args.use_liger_kernel):
         what = "use_liger_kernel = true" if args.use_liger_kernel else "loss_chunk_tokens = 0"
         raise ValueError(f"z_loss = {args.z_loss} is part of the loss in chunks, {what} takes another: leave it out.")
-    _check_environment(args)
     _check_decay(args)
     _check_optimizer(args)
-    _check_compilation(args)
 
 
 def _check_ranges(args):
@@ -109,6 +124,13 @@ def _check_choices(args):
         default = next(f.default for f in fields(args) if f.name == name)
         if getattr(args, name) != default:
             raise ValueError(f"{name} must be {json.dumps(default)}, got {json.dumps(getattr(args, name))}: {why}.")
+    if not args.output_dir:
+        raise ValueError("output_dir is empty: name the directory that everything goes to.")
+    for name in args.allow_changes or []:
+        one_of("allow_changes", name, SCHEDULE)
+    one_of("gradient_compression", args.gradient_compression, COMPRESSIONS)
+    if args.spot_notice_url not in (None, "aws") and urlsplit(args.spot_notice_url).scheme not in ("http", "https"):
+        raise ValueError(f"spot_notice_url = {args.spot_notice_url} must be aws or begin with http:// or https://.")
     one_of("on_spike", args.on_spike, ("stop", "skip", "report"))
     one_of("train_sampling_strategy", args.train_sampling_strategy, ("random", "sequential"))
     one_of("save_strategy", str(getattr(args.save_strategy, "value", args.save_strategy)), ("no", "steps", "epoch"))
@@ -142,8 +164,6 @@ def _check_environment(args):
         )
     if args.use_liger_kernel and not torch.accelerator.is_available():
         raise ValueError("use_liger_kernel = true needs a GPU, its kernels are Triton's: leave it out on a CPU.")
-    if not args.output_dir:
-        raise ValueError("output_dir is empty: name the directory that everything goes to.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
         raise ValueError(
             f"WORLD_SIZE = {os.environ['WORLD_SIZE']} is in the environment, but not RANK and LOCAL_RANK: launch "
@@ -183,7 +203,7 @@ def _check_decay(args):
 
 
 def _check_optimizer(args):
-    _check_packages(str(getattr(args.optim, "value", args.optim)), args)
+    _check_options(str(getattr(args.optim, "value", args.optim)), args)
     name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
     if args.decay_fraction is not None:
         options = options | {"num_decay_steps": 1}  # in steps once these are known: training/schedule.py
@@ -223,14 +243,18 @@ def check_compression(args):
         raise ValueError(f"{said} carries what it left out to the next step, so no step can be skipped: on_spike=stop.")
 
 
-def _check_packages(optim, args):
-    """What an optimizer imports, and what it asks of the arguments beside it."""
+def _check_packages(optim):
+    """What an optimizer imports is installed."""
     for begins, (module, package) in PACKAGES.items():
         if optim.startswith(begins) and find_spec(module) is None:
             raise ValueError(
                 f"optim = {optim} needs {package}, which is not installed: pip install {package}, or set "
                 "optim=adamw_torch_fused (32-bit state: 4 times that of adamw_bnb_8bit)."
             )
+
+
+def _check_options(optim, args):
+    """What an optimizer asks of the arguments beside it."""
     if optim == MUON:
         given = [word.split("=")[0] for word in (args.optim_args or "").replace(" ", "").split(",") if word]
         if unknown := set(given) - {"momentum", "ns_steps"}:

@@ -20,8 +20,11 @@ if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the pack
     runpy.run_path(str(Path(__file__).resolve().parent / "in_place.py"))
 
 from smolpretrain import ds_configs
-from smolpretrain.command_line import parse_args, read_json
 from smolpretrain.core import precision
+from smolpretrain.core.architectures import load_config
+from smolpretrain.core.files import write_json
+from smolpretrain.core.text import one_line
+from smolpretrain.core.words import parse_args, read_json
 from smolpretrain.planning import assemble, contradictions, counting, hardware, laws, report, scaling
 
 
@@ -63,7 +66,7 @@ def run_arguments():
     """
     from typing import get_type_hints
 
-    from smolpretrain import arguments
+    from smolpretrain import arguments, limits
 
     hints = get_type_hints(arguments.PretrainArguments)
     training = []
@@ -72,20 +75,19 @@ def run_arguments():
             default = {"default": each.default} if each.default is not MISSING else {}
             default |= {"default_factory": each.default_factory} if each.default_factory is not MISSING else {}
             training.append((each.name, hints[each.name], field(**default, metadata=each.metadata)))
-    return arguments.ModelArguments, arguments.DataArguments, make_dataclass("TrainingFields", training)
+    checks = {"__post_init__": limits.check_values}
+    fields_alone = make_dataclass("TrainingFields", training, namespace=checks)
+    return arguments.ModelArguments, arguments.DataArguments, fields_alone
 
 
 def parse(argv):
     """(values by name, PlanArguments) of the words of a command line.
 
     Raises:
-        ValueError: As parse_args, and for what the plan must divide by.
+        ValueError: As parse_args.
     """
     *parsed, plan_args = parse_args(argv, (*run_arguments(), PlanArguments))
     values = {each.name: getattr(part, each.name) for part in parsed for each in fields(part)}
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if values[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {values[name]}.")
     if values["bf16"] is None:
         values["bf16"] = plan_args.gpu not in (None, "cpu") or precision.computes_bf16("cpu")
     return values, plan_args
@@ -115,7 +117,7 @@ def device_of(plan_args):
 def plan_of(values, plan_args):
     """(plan, device, config) of parsed arguments."""
     device = device_of(plan_args)
-    config = counting.load_config(values["model_name"], values["config_overrides"])
+    config = load_config(values["model_name"], values["config_overrides"]).to_dict()
     content, lines = deepspeed_config(values, plan_args.gpus)
     plan = assemble.make(
         config, values, device, ranks=plan_args.gpus, nodes=plan_args.nodes, extra=asdict(plan_args), deepspeed=content,
@@ -147,7 +149,7 @@ def advise(flags, words):
     if flags.write:
         if Path(flags.write).exists():
             raise ValueError(f"--write {flags.write}: the file exists. Name another, or remove it.")
-        Path(flags.write).write_text(json.dumps(advice["arguments"], indent=2) + "\n", encoding="utf-8")
+        write_json(flags.write, advice["arguments"])
         print(f"written: {flags.write}. python plan.py {flags.write} says what it costs.", file=sys.stderr)
 
 
@@ -176,7 +178,7 @@ def main(argv=None):
             claimed = read_json(flags.claims)
             plan["claims"] = contradictions.claims(claimed, plan, compute, device, plan_args.gpus)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"plan.py: error: {' '.join(str(error).split())}\n")
+        parser.exit(2, f"plan.py: error: {one_line(error)}\n")
     if flags.json:
         print(json.dumps(plan, indent=2))
     else:

@@ -44,7 +44,10 @@ from smolpretrain.arguments import (
     ModelArguments,
     PretrainArguments,
 )
-from smolpretrain.command_line import collect, parse_args, place, resolve
+from smolpretrain.core import files, status
+from smolpretrain.core.architectures import load_config
+from smolpretrain.core.text import one_line
+from smolpretrain.core.words import collect, parse_args, place, resolve
 from smolpretrain.data import preparation, prepared, stream
 from smolpretrain.data.collator import PackedCollator
 from smolpretrain.data.pack.manifest import Manifest
@@ -55,7 +58,7 @@ from smolpretrain.eval.parts import generation, judge, provenance
 from smolpretrain.hub import uploads
 from smolpretrain.planning import start
 from smolpretrain.training import held_out, loss, model, record, trainer
-from smolpretrain.training.safety import disk, divergence, guards, lock, ranks, resume, spot
+from smolpretrain.training.safety import disk, guards, lock, ranks, resume, spot
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
 NOT_ARCHITECTURE = {"transformers_version", "use_cache", "_name_or_path", "dtype", "architectures"}
@@ -73,10 +76,10 @@ def say(sentence):
         print(sentence, flush=True)
 
 
-def fail(error, status=2):
+def fail(error, code=status.BAD_INPUT):
     """One line for all ranks, and the exit status on each."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    ranks.refuse(RANK, world_size, ranks.Refusal(" ".join(str(error).split()), status))
+    ranks.refuse(RANK, world_size, ranks.Refusal(one_line(error), code))
 
 
 def describe_run(model_args, data_args, args, config, manifest, rows):
@@ -267,14 +270,14 @@ def train(made, args, checkpoint):
     if made.divergence.ended or not stopped:
         guards.leave_on_signal()
     if made.divergence.ended:
-        fail(made.divergence.ended, divergence.DIVERGED)
+        fail(made.divergence.ended, status.DIVERGED)
     step = made.state.global_step
     if stopped or stop.heard:
         why = f" ({stop.heard})" if stop.heard else ""
         if RANK == 0:  # still deaf: its launcher signals it as soon as another rank has ended
             record.write_run(args.output_dir, last_stop={"step": step, "by": stop.heard or "another rank"})
         say(f"stopped at step {step}{why}: checkpoint-{step} is whole, the same command goes on from it.")
-        sys.exit(guards.INTERRUPTED)
+        sys.exit(status.INTERRUPTED)
 
 
 def main(argv=None):
@@ -302,7 +305,7 @@ def story(argv):
             say(args.precision_said)
         upload = uploads.claim(args, say) if args.push_to_hub and RANK == 0 else None
         share = args.stream_share() if data_args.trains_from_stream else None
-        config = model.load_config(model_args.model_name, model_args.config_overrides)
+        config = load_config(model_args.model_name, model_args.config_overrides)
         model.choose_attention(model_args.attn_implementation, args.device, config)
         model.check_optimizer(config, args.optim)
         generation.read_prompts(args.sample_prompts)
@@ -325,7 +328,7 @@ def story(argv):
     except (ValueError, OSError) as error:
         if debug:
             raise
-        fail(place(str(error), given), getattr(error, "status", 2))
+        fail(place(str(error), given), getattr(error, "status", status.BAD_INPUT))
     except dist.DistNetworkError as error:
         fail(ranks.cannot_meet(error))
     if args.deepspeed and args.use_cpu and (sentence := ds_configs.say_if_unbuilt(remove_stale_lock=RANK == 0)):
@@ -335,7 +338,7 @@ def story(argv):
     if upload:
         upload.step_0, upload.say = not (zero3 or model_args.init_from), log.say
         made.add_callback(upload)
-    made.facts = run.facts() | {"data": manifest.fingerprint, "arguments_sha256": record.digest(resolved)}
+    made.facts = run.facts() | {"data": manifest.fingerprint, "arguments_sha256": files.digest(resolved)}
     if RANK == 0:
         record.write_run(args.output_dir, parameters=get_model_param_count(made.model), command=argv)
     train(made, args, checkpoint)
@@ -353,7 +356,7 @@ def story(argv):
     if dist.is_initialized():
         dist.destroy_process_group()
     if upload and (why := upload.finish()):
-        fail(why, uploads.NOT_UPLOADED)
+        fail(why, status.NOT_UPLOADED)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,12 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from smolpretrain.core.architectures import load_config
 from smolpretrain.data.read.builtin import builtin_documents
 from smolpretrain.data.tokens.tokenization import train_tokenizer
 from smolpretrain.eval import perplexity
 from smolpretrain.eval.parts import provenance
-from smolpretrain.training.model import load_config, random_model
+from smolpretrain.training.model import random_model
 
 
 def ours(model, tokenizer, texts, window):

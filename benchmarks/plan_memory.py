@@ -122,10 +122,11 @@ def words_of(setting, directory):
 def predict(words):
     """Bytes by part that the plan says for the same words."""
     from smolpretrain import plan as command
-    from smolpretrain.planning import assemble, counting, memory
+    from smolpretrain.core.architectures import load_config
+    from smolpretrain.planning import assemble, memory
 
     values, _ = command.parse(words)
-    config = counting.load_config(values["model_name"], values["config_overrides"])
+    config = load_config(values["model_name"], values["config_overrides"]).to_dict()
     content, _ = command.deepspeed_config(values, 1)
     return memory.peak(assemble.set_up(config, values, content, 1, cuda=False))
 

@@ -6,6 +6,7 @@ Where no utilization is stated, the one that follows from their figure is printe
 dense, so a model with sliding windows (Olmo 3) comes out a little high.
 """
 
+from smolpretrain.core.architectures import built_in
 from smolpretrain.planning import counting, hardware
 
 LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "vocab_size": 32000}
@@ -21,7 +22,7 @@ SMOLLM3 = {
     "model_type": "smollm3", "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
     "num_key_value_heads": 4, "intermediate_size": 11008, "vocab_size": 128256, "tie_word_embeddings": True,
 }  # fmt: skip
-SMOLLM2_70M = counting.built_in("smollm2-135m") | {
+SMOLLM2_70M = built_in("smollm2-135m") | {
     "hidden_size": 384, "num_hidden_layers": 32, "num_attention_heads": 6, "num_key_value_heads": 2,
     "intermediate_size": 1024,
 }  # fmt: skip
@@ -81,7 +82,7 @@ def main():
         else:
             shown = f"{rate * flops / peak:.1%} follows | - | -"
         print(f"| {name} | {total / 1e9:.2f}B | {gpu} | {rate:,.0f} | {shown} | {source} |")
-    config, tokens = counting.built_in("smollm2-1.7b"), 11e12
+    config, tokens = built_in("smollm2-1.7b"), 11e12
     by_6n, ours = 6 * counting.count(config).total * tokens, counting.flops_per_token(config, 2048) * tokens
     print(
         f"\nSmolLM2-1.7B, 11T tokens: its authors say about 1e23 FLOPs (arXiv 2502.02737); 6 N D is {by_6n:.2e}, with "

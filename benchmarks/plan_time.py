@@ -56,10 +56,11 @@ def child(words):
     from transformers import TrainerCallback
 
     from smolpretrain import plan, run_pretrain
-    from smolpretrain.planning import assemble, counting, cpu, hardware
+    from smolpretrain.core.architectures import load_config
+    from smolpretrain.planning import assemble, cpu, hardware
 
     values, _ = plan.parse(words)
-    config = counting.load_config(values["model_name"], values["config_overrides"])
+    config = load_config(values["model_name"], values["config_overrides"]).to_dict()
     setup = assemble.set_up(config, values, None, 1, cuda=False)
     now = time.process_time if os.environ.get("OMP_NUM_THREADS") == "1" else time.perf_counter
     parts, rate = cpu.of_parts(config, setup), hardware.product_rate(0.5, now)
@@ -96,6 +97,7 @@ def main():
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--only", type=int, nargs="*", help="sizes besides the first, from 1")
     flags = parser.parse_args()
+    from smolpretrain.core.architectures import load_config
     from smolpretrain.data.read import corpus
     from smolpretrain.data.tokens import tokenization
     from smolpretrain.planning import counting
@@ -108,7 +110,7 @@ def main():
         for number, size in enumerate(SIZES):
             if number and flags.only is not None and number not in flags.only:
                 continue
-            config = counting.load_config("smollm2-1m", overrides(size))
+            config = load_config("smollm2-1m", overrides(size)).to_dict()
             found = train(size, flags.steps, directory)
             per_token, tokens_per_second = counting.flops_per_token(config, BLOCK), ROWS * BLOCK / found["seconds"]
             mfu, parts = tokens_per_second * per_token / found["rate"], found["parts_mfu"]

@@ -15,6 +15,7 @@ import json
 import wire
 
 from smolpretrain import plan
+from smolpretrain.core.architectures import load_config
 from smolpretrain.planning import assemble, counting, hardware, machines
 
 ROWS = ["block_size=256", "per_device_train_batch_size=2", "optim=adamw_torch", "learning_rate=1e-3", "warmup_steps=2"]
@@ -41,7 +42,7 @@ def predict(words, ranks, rate, computing):
         rate: Bits a second and rank; computing: seconds of a step without sending.
     """
     values, _ = plan.parse([*wire.WORDS, *words])
-    config = counting.load_config(values["model_name"], values["config_overrides"])
+    config = load_config(values["model_name"], values["config_overrides"]).to_dict()
     content, _ = plan.deepspeed_config(values, ranks)
     setup = assemble.set_up(config, values, content, ranks, cuda=False)
     tokens = setup.micro_batch * setup.accumulation * setup.block_size

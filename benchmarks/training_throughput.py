@@ -39,9 +39,10 @@ def bare(vocab_size, steps, prepared_dir):
     """The bare loop; prints tokens/s of each step and peak memory in GiB."""
     import torch
 
+    from smolpretrain.core.architectures import load_config
     from smolpretrain.data.collator import PackedCollator
     from smolpretrain.data.prepared import load_blocks
-    from smolpretrain.training.model import load_config, random_model
+    from smolpretrain.training.model import random_model
 
     overrides = SHAPE | {"vocab_size": vocab_size, "intermediate_size": 704}
     model = random_model(load_config("smollm2-1m", overrides), 42, "sdpa").train()

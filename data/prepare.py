@@ -16,7 +16,9 @@ from pathlib import Path
 if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "in_place.py"))
 
-from smolpretrain.command_line import parse_args
+from smolpretrain.core import status
+from smolpretrain.core.text import one_line
+from smolpretrain.core.words import parse_args
 from smolpretrain.data import preparation, publish
 from smolpretrain.data.arguments import CorpusArguments
 from smolpretrain.data.pack.manifest import verify
@@ -133,9 +135,9 @@ def main(argv=None) -> None:
                 address = publish.publish(publication, args.prepared_dir, None if finished else make)
                 print(f"published: {address}")
     except publish.NotUploaded as error:
-        ArgumentParser(prog="prepare.py").exit(6, f"prepare.py: error: {error}\n")
+        ArgumentParser(prog="prepare.py").exit(status.NOT_UPLOADED, f"prepare.py: error: {error}\n")
     except (ValueError, OSError) as error:
-        ArgumentParser(prog="prepare.py", usage=SUPPRESS).error(" ".join(str(error).split()))
+        ArgumentParser(prog="prepare.py", usage=SUPPRESS).error(one_line(error))
 
 
 def print_help() -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from huggingface_hub.utils import disable_progress_bars
 
-from smolpretrain.hub.connection import Repository, check_license, one_line
+from smolpretrain.core.text import reason
+from smolpretrain.hub.connection import Repository, check_license
 
 from .dataset_card import make_card
 from .pack.manifest import FILE_NAME, Manifest, verify
@@ -111,5 +112,5 @@ def push(publication: Publication, prepared_dir: str, manifest: Manifest) -> str
         command = f"python data/prepare.py --push_to_hub {name} prepared_dir={prepared_dir}"
         command += " --public" * publication.public
         command += f" --license {publication.license}" if publication.license else ""
-        raise NotUploaded(f"{prepared_dir} is whole, but not on the Hub: {one_line(error)}. Then: {command}") from error
+        raise NotUploaded(f"{prepared_dir} is whole, but not on the Hub: {reason(error)}. Then: {command}") from error
     return repository.address

@@ -26,7 +26,6 @@ A row takes the place of an earlier one of the same task, metric, model and sett
 """
 
 import difflib
-import hashlib
 import json
 import logging
 import re
@@ -42,6 +41,8 @@ if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the pack
 import datasets
 import transformers
 
+from smolpretrain.core import files
+from smolpretrain.core.text import one_line
 from smolpretrain.eval import perplexity
 from smolpretrain.eval.compare import Candidate
 from smolpretrain.eval.parts import command, provenance, scores
@@ -151,17 +152,15 @@ def write(rows, result, directory):
     """Write lm-eval's result and put the rows into directory/benchmark.json; returns its path."""
     same = ("task", "metric", "model", "settings")
     name = re.sub(r"[^\w.-]+", "_", rows[0]["model"]).strip("_")
-    mark = hashlib.sha256(json.dumps([[row[key] for key in same] for row in rows]).encode()).hexdigest()[:8]
+    mark = files.digest([[row[key] for key in same] for row in rows])[:8]
     whole, path = directory / "lm_eval" / f"{name}-{mark}.json", directory / "benchmark.json"
     whole.parent.mkdir(parents=True, exist_ok=True)
     whole.write_text(json.dumps(result, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
     rows = [row | {"file": str(whole.relative_to(directory)), "commit": provenance.code_commit()} for row in rows]
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    before = files.read_json(path) if path.is_file() else []
     new = [[row[key] for key in same] for row in rows]
     kept = [row for row in before if [row.get(key) for key in same] not in new]
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(kept + rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    files.write_json(path, kept + rows)
     return path
 
 
@@ -205,7 +204,7 @@ def main(argv=None):
     try:
         run(parser.parse_args(argv))
     except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(one_line(error))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, set_seed
 
+from smolpretrain.core import files
+from smolpretrain.core.text import one_line
 from smolpretrain.eval import perplexity
 from smolpretrain.eval.parts import command, comparison, corpora, generation, intervals, provenance
 
@@ -256,7 +258,7 @@ def write(directory, rows, samples, made):
         for label, written in samples.items():
             for sample in written:
                 file.write(json.dumps({"model": label} | sample, ensure_ascii=False) + "\n")
-    (directory / "comparison.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    files.write_json(directory / "comparison.json", made)
     comparison.write(directory)
     print(f"wrote comparison.csv, .md and .html to {directory}")
 
@@ -270,7 +272,7 @@ def main(argv=None):
     try:
         run(parser.parse_args(argv))
     except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(one_line(error))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ fewer, stands there whole; case and punctuation do not count. The canary that ev
 for too. Source: the 13-grams of GPT-3 (Brown et al. 2020, appendix C). A paraphrase or a translation is not found.
 """
 
-import json
 import re
 import runpy
 import sys
@@ -22,6 +21,8 @@ import pyarrow as pa
 import transformers
 from tqdm import tqdm
 
+from smolpretrain.core.files import write_json
+from smolpretrain.core.text import one_line
 from smolpretrain.eval.educational.items import read_items
 from smolpretrain.eval.parts import command, corpora
 
@@ -108,13 +109,13 @@ def main(argv=None):
     try:
         seen = find_seen(items, tqdm(read_texts(args.data, args.text_column, args.tokenizer), unit=" texts"))
     except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(one_line(error))
     for name, words in seen.items():
         print(f"{name}: {words}")
     found = len(seen.keys() - {"canary"})
     print(f"{found} of {len(items)} items stand there ({GRAM} running words, or a shorter item whole).")
     if args.output:
-        Path(args.output).write_text(json.dumps(seen, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, seen)
 
 
 if __name__ == "__main__":

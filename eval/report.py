@@ -24,6 +24,8 @@ from pathlib import Path
 if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "in_place.py"))
 
+from smolpretrain.core.files import read_json, read_rows
+from smolpretrain.core.text import one_line
 from smolpretrain.eval.parts import comparison, page, plots
 
 COLUMNS = ("figure", "value", "low", "high", "n", "file", "settings", "commit")
@@ -33,11 +35,6 @@ ARGUMENTS = (
     *("warmup_steps", "decay_fraction", "optim", "weight_decay", "bf16", "deepspeed", "seed"),
 )
 STEPS_SHOWN = 4  # of the samples: as many columns as a page takes
-
-
-def read_rows(path):
-    """The rows of a JSON lines file; none where there is no file."""
-    return list(map(json.loads, path.read_bytes().splitlines())) if path.is_file() else []  # not at U+2028, as text
 
 
 def figures(run, trained, held_out):
@@ -167,7 +164,7 @@ def copied_rows(directory):
             name = f"comparison: {row['metric']}, {row['model']} ({row['kind']}), {row['data']}"
             rows.append({"figure": name, "file": "report/comparison.csv"} | more)
     if (directory / "benchmark.json").is_file():
-        scores = json.loads((directory / "benchmark.json").read_text(encoding="utf-8"))
+        scores = read_json(directory / "benchmark.json")
         for row in scores:
             more = {key: row.get(key) for key in ("value", "n", "commit")}
             settings = dict(row.get("settings") or {}) | {key: row.get(key) for key in ("stderr", "chance", "model")}
@@ -179,11 +176,12 @@ def copied_rows(directory):
 def write_report(run_dir):
     """Write RUN_DIR/report; ValueError where RUN_DIR is not a run that has logged a step."""
     run_dir = Path(run_dir)
-    run_file, metrics = run_dir / "run.json", read_rows(run_dir / "metrics.jsonl")
-    trained, held_out = [r for r in metrics if "loss" in r], [r for r in metrics if "eval_loss" in r]
+    run_file = run_dir / "run.json"
+    metrics, samples = (read_rows(run_dir / name) for name in ("metrics.jsonl", "samples.jsonl"))
+    trained, held_out = [r for r in metrics.rows if "loss" in r], [r for r in metrics.rows if "eval_loss" in r]
     if not run_file.is_file() or not trained:
         raise ValueError(f"{run_dir}: no run.json and metrics.jsonl of a run that has logged a step.")
-    run, directory = json.loads(run_file.read_text(encoding="utf-8")), run_dir / "report"
+    run, directory = read_json(run_file), run_dir / "report"
     directory.mkdir(exist_ok=True)
     copied, scores = copied_rows(directory)
     own = figures(run, trained, held_out)
@@ -198,16 +196,18 @@ def write_report(run_dir):
     source = json.dumps(run.get("data", {}).get("source", {}), ensure_ascii=False)
     versions = ", ".join(f"{name} {found}" for name, found in run.get("versions", {}).items() if found)
     device = f" on {run['device']}" if run.get("device") else ""
+    cut = [name for name, read in (("metrics.jsonl", metrics), ("samples.jsonl", samples)) if read.cut]
+    gap = f" The last line of {' and of '.join(cut)} was cut short, as by a kill, and is left out." if cut else ""
     blocks = [
         ("text", f"Trained{device}, commit {run.get('git_commit') or 'unknown'}. Each figure is a row of `report.csv`, "
-         "which names the file of the run that it comes from and its settings."),
+         f"which names the file of the run that it comes from and its settings.{gap}"),
         ("table", "Figures", ["figure", "value", "n", "from"], [_figure_row(row) for row in own]),
         ("heading", "Curves"), *curves(directory, trained, held_out),
         ("heading", "What was trained"), ("table", "Arguments, from `run.json`", ["argument", "value"],
          [*chosen, ["data", source], ["versions", versions]]),
     ]  # fmt: skip
-    if samples := read_rows(run_dir / "samples.jsonl"):
-        blocks += samples_by_step(samples)
+    if samples.rows:
+        blocks += samples_by_step(samples.rows)
     if (directory / "comparison.csv").is_file():
         blocks += [("heading", "Comparison"), *comparison.blocks(directory)]
     if scores:
@@ -230,7 +230,7 @@ def main(argv=None):
     try:
         write_report(args.run_dir)
     except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(one_line(error))
     print(f"wrote report.md, .csv and .html to {Path(args.run_dir, 'report')}")
 
 

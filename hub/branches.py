@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from smolpretrain.core import files
+
 from . import folder
 from .connection import Repository
 
@@ -165,4 +167,4 @@ def tags(repository: Repository) -> dict[str, str]:
 
 
 def _digest(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return files.digest(value)[:12]

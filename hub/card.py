@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from smolpretrain.core.text import one_line
 from smolpretrain.hub import card_evaluation, card_sections
 from smolpretrain.hub.run_record import read_run
 
@@ -116,7 +117,7 @@ def main(argv=None):
         text = make_card(args.run_dir, args.repo, args.license, **more)
         Path(args.run_dir, "README.md").write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(one_line(error))
     print(f"wrote {Path(args.run_dir, 'README.md')}")
 
 

@@ -24,6 +24,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from smolpretrain.core import text
+
 LOGIN = "set HF_TOKEN or run `hf auth login`"
 TRIES = 5
 LONGEST_WAIT = 300  # seconds: the Hub's rate limits are counted in windows of five minutes
@@ -140,12 +142,12 @@ def persist(function: Callable, asked: str, remedies: Mapping[int, str] = REMEDI
             response = cause.response if isinstance(cause, HfHubHTTPError) else None
             status = response.status_code if response is not None else None
             if status is not None and status not in PASSING:
-                said = f"{status}: {one_line(cause.server_message)}" if cause.server_message else str(status)
+                said = f"{status}: {text.reason(cause.server_message)}" if cause.server_message else str(status)
                 meaning = (REMEDIES | dict(remedies)).get(status, "the Hub refuses ({said})").format(said=said)
                 raise ValueError(f"{asked}: {meaning}.") from error
             wait = _wait(response, attempt)
             if attempt == tries - 1 or wait > LONGEST_WAIT:
-                reason = f"answered {status}" if status else f"could not be reached ({one_line(cause)})"
+                reason = f"answered {status}" if status else f"could not be reached ({text.reason(cause)})"
                 raise ValueError(f"{asked}: the Hub {reason}; try again later.") from error
             (pause or time.sleep)(wait)
     return None
@@ -185,13 +187,8 @@ def check_license(asked: str, license: str, **how) -> None:
         try:
             card.validate()
         except ValueError as error:
-            return one_line(error)
+            return text.reason(error)
         return None
 
     if refused := persist(ask, asked, **how):
         raise ValueError(f"{asked}: the Hub does not take it ({refused}).")
-
-
-def one_line(error) -> str:
-    """What an error says, fit to stand inside a sentence."""
-    return " ".join(str(error).split()).rstrip(".")[:300]

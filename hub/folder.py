@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +11,9 @@ from huggingface_hub import RepoCard, get_token
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from smolpretrain.core import secrets
+from smolpretrain.core.files import write_json
 
 from . import run_record
 
@@ -69,7 +71,7 @@ def write_model(source, target, dtype: torch.dtype | None, seed: int | None = No
     if settings.is_file():
         kept = json.loads(settings.read_text(encoding="utf-8"))
         if kept.pop("chat_template", None):
-            settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(settings, kept)
 
 
 def own_padding(config):
@@ -84,8 +86,7 @@ def write_card(target, card: str, run_dir=None) -> None:
     target = Path(target)
     (target / "README.md").write_text(card, encoding="utf-8")
     if run_dir is not None:
-        record = run_record.read_json(Path(run_dir, "run.json"))
-        (target / "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(target / "run.json", run_record.read_json(Path(run_dir, "run.json")))
         for name in sorted(set(re.findall(r"report/[\w.-]+\.png", card))):
             (target / "report").mkdir(exist_ok=True)
             shutil.copyfile(Path(run_dir, name), target / name)
@@ -142,17 +143,13 @@ def check_texts(folder: Path, run_dir: Path) -> None:
         else:
             text = path.read_text(encoding="utf-8")
         vocabulary = of_tokenizer(path) and name != "tokenizer_config.json"  # it may hold any text
-        if (token and token in text) or (not vocabulary and run_record.SECRETS.search(text)) or environment_in(text):
+        held = (value in text for value in (token, *secrets.in_environment().values()) if value)
+        if any(held) or (not vocabulary and secrets.SHAPES.search(text)):
             raise ValueError(f"{path} holds an access token or a secret of the environment: it is not published.")
         if not vocabulary and (found := next((place for place in here if place in text), None)):
             raise ValueError(f"{path} names a path of this machine, {found}: it is not published.")
         if name.endswith(".json") and not vocabulary and (found := next(absolute_paths(json.loads(text)), None)):
             raise ValueError(f"{path} names a path of this machine, {found}: it is not published.")
-
-
-def environment_in(text: str) -> bool:
-    secrets = (v for name, v in os.environ.items() if run_record.SECRET_NAMES.search(name) and len(v) >= 16)
-    return any(value in text for value in secrets)
 
 
 def absolute_paths(value):

@@ -29,11 +29,12 @@ import torch
 import transformers
 from huggingface_hub.utils import disable_progress_bars
 
+from smolpretrain.core import status
+from smolpretrain.core.text import one_line, reason
 from smolpretrain.hub import branches, card, folder
-from smolpretrain.hub.connection import Repository, check_license, one_line
+from smolpretrain.hub.connection import Repository, check_license
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-NOT_UPLOADED = 6
 TOLERANCE = 0.005  # of the bits per byte: bf16 on a GPU and fp32 on a CPU differ by a tenth of it
 REMEDIES = {
     402: "the Hub asks for payment ({said}); free some private storage, choose a paid plan, or add --public",
@@ -84,7 +85,7 @@ def reproduce(run_dir: Path, target: Path, run: dict) -> str:
         command = [sys.executable, judge, f"--model={target}", f"--data_files={documents}", *settings]
         done = subprocess.run([*command, f"--output={scores}"], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ValueError(f"{target} cannot be scored: {one_line(done.stderr[-300:])}.")
+            raise ValueError(f"{target} cannot be scored: {reason(done.stderr[-300:])}.")
         found = json.loads(scores.read_text(encoding="utf-8"))
     figure, expected = found["bits_per_byte"], result["bits_per_byte"]
     said = f"held-out bits per byte {figure:.4f}, the run's {expected:.4f}, over {found['documents']} documents"
@@ -228,16 +229,16 @@ def main(argv=None) -> None:
             except (ValueError, OSError, RuntimeError) as error:  # the last two are hf-xet's
                 words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--unsent"]
                 command = shlex.join(["python", "hub/publish.py", *map(str, words)])
-                refuse(f"{args.run_dir} is saved, NOT uploaded: {one_line(error)}; then: {command}", NOT_UPLOADED)
+                refuse(f"{args.run_dir} is saved, NOT uploaded: {reason(error)}; then: {command}", status.NOT_UPLOADED)
             finally:
                 shutil.rmtree(target, ignore_errors=True)
     except (ValueError, OSError) as error:
-        refuse(error, 2)
+        refuse(error, status.BAD_INPUT)
     print(f"published: {repository.address}")
 
 
-def refuse(error, status: int) -> None:
-    argparse.ArgumentParser("publish.py").exit(status, f"publish.py: error: {' '.join(str(error).split())}\n")
+def refuse(error, code: int) -> None:
+    argparse.ArgumentParser("publish.py").exit(code, f"publish.py: error: {one_line(error)}\n")
 
 
 @contextlib.contextmanager

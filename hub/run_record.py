@@ -3,13 +3,12 @@
 import csv
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|(API|ACCESS)_KEY")  # of environment variables
-SECRETS = re.compile(r"\b(?:hf_\w{20,}|gh[a-z]_\w{20,}|sk-[\w-]{20,}|AKIA[0-9A-Z]{16})")  # Hub, GitHub, OpenAI, AWS
+from smolpretrain.core import files, secrets
+
 HOMES = re.compile(r"(?<![\w.-])(?:/(?:home|Users)/|[A-Za-z]:\\Users\\)[^\s/\\'\"`,;]+")
 PART = r"[^\s/\\'\"`<>|,;]+"
 PATHS = re.compile(rf"(?:file://|(?<![\w./-]))~?/(?:{PART}/)+({PART})?|(?<!\w)(?:[A-Za-z]:|~)\\(?:{PART}\\)*({PART})?")
@@ -18,10 +17,7 @@ PATHS = re.compile(rf"(?:file://|(?<![\w./-]))~?/(?:{PART}/)+({PART})?|(?<!\w)(?
 def clean_text(text):
     """Text without what must not leave the machine: tokens go, an absolute path becomes its last part."""
     text = text.encode("utf-8", "replace").decode()
-    for name, value in os.environ.items():
-        if SECRET_NAMES.search(name) and len(value) >= 16:
-            text = text.replace(value, "[removed]")
-    text = HOMES.sub("~", SECRETS.sub("[removed]", text))
+    text = HOMES.sub("~", secrets.remove(text))
     return PATHS.sub(lambda found: found[1] or found[2] or re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], text)
 
 
@@ -45,25 +41,12 @@ def clean(value, whole=False):
 
 def read_json(path, otherwise=None):
     """A JSON file, cleaned; `otherwise` where there is none. ValueError where it is damaged."""
-    if not path.is_file():
-        return otherwise
-    try:
-        return clean(json.loads(path.read_text(encoding="utf-8")), whole=True)
-    except ValueError as error:
-        raise ValueError(f"{path}: it is no JSON ({error}).") from error
+    return clean(files.read_json(path), whole=True) if path.is_file() else otherwise
 
 
 def read_rows(path):
-    """Rows of a JSON lines file, as they are; a last line that a kill cut short is passed over."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []  # of text they would part at U+2028 too
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line.decode("utf-8", "replace")))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}: line {number} is no JSON ({error}).") from error
-    return [row for row in rows if isinstance(row, dict)]
+    """Rows of a JSON lines file, as they are."""
+    return files.read_rows(path).rows
 
 
 @dataclass
@@ -191,7 +174,7 @@ def _config(directory):
 
 def _manifest(directory, record):
     """The manifest of the prepared set, from where the run says it is; empty where that is another set now."""
-    asked = json.loads((directory / "run.json").read_text(encoding="utf-8")).get("arguments", {}).get("prepared_dir")
+    asked = files.read_json(directory / "run.json").get("arguments", {}).get("prepared_dir")
     found = read_json((Path(asked) if asked else directory / "prepared") / "manifest.json", {})
     return found if found.get("fingerprint") == (record.get("data") or {}).get("fingerprint") else {}
 

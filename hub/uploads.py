@@ -19,7 +19,6 @@ from transformers import TrainerCallback
 from . import branches, folder, publish
 from .connection import Repository, check_license, owner
 
-NOT_UPLOADED = publish.NOT_UPLOADED
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ROOM = 10  # models: a link outlives its checkpoint, and the next one has up to 16 bytes a parameter beside these 2
 REMEDIES = publish.REMEDIES | {

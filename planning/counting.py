@@ -7,11 +7,8 @@ Every figure follows from `weights(config)`, the list of a model's tensors, whic
 models on the meta device.
 """
 
-import json
-from pathlib import Path
 from typing import NamedTuple
 
-BUILT_IN = Path(__file__).resolve().parent.parent / "architectures.json"
 LLAMA_LIKE = ("llama", "mistral", "smollm3", "qwen2", "qwen3", "olmo", "olmo2", "olmo3")
 MIXTURES = ("mixtral", "olmoe", "qwen3_moe")
 KNOWN = (*LLAMA_LIKE, *MIXTURES, "gpt_neox")
@@ -58,37 +55,6 @@ class Count(NamedTuple):
     non_embedding: int
     active: int
     multiplied: int
-
-
-def built_in(model_name):
-    """The config of a built-in model, or None."""
-    table = json.loads(BUILT_IN.read_text(encoding="utf-8"))
-    own = table["models"].get(model_name)
-    return own and {"model_type": "llama", "num_key_value_heads": None} | table["shared"] | own
-
-
-def load_config(model_name, overrides=None):
-    """A config as a plain dict: a built-in's, or that of a directory or Hub id, of which only config.json is read.
-
-    Raises:
-        ValueError: There is none, or a field to override is unknown.
-    """
-    config, overrides = built_in(model_name), overrides or {}
-    if config is None or not set(overrides) <= set(config):
-        from transformers import AutoConfig, LlamaConfig
-
-        try:
-            found = LlamaConfig(**config) if config else AutoConfig.from_pretrained(model_name)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model_name = {model_name}: no config: {str(error).splitlines()[0]}") from None
-        config = found.to_dict()
-    for name in overrides:
-        if name not in config:
-            raise ValueError(f"config_overrides: {name} is not a field of the {config['model_type']} config.")
-    heads = config.get("num_attention_heads")
-    if heads and config.get("head_dim") == config["hidden_size"] // heads:
-        config = {name: value for name, value in config.items() if name != "head_dim"}  # derived again
-    return config | overrides
 
 
 def heads_of(config):

@@ -10,6 +10,8 @@ tenths of a second where other programs want the same cores.
 import contextlib
 import time
 
+from smolpretrain.core.architectures import model_class
+
 from . import counting, hardware
 
 ENOUGH, CALLS = 0.1, 5  # seconds of repetitions for a part, and the fewest of them on a busy machine
@@ -81,12 +83,12 @@ def parts(config, setup):
 
 def _layers(torch, config, setup, layers, rows, block):
     """What trains a model of so many layers, its head left out, on `rows` packed rows of `block` tokens."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     fields = {name: value for name, value in config.items() if name != "layer_types"}  # it has an entry a layer
     made = AutoConfig.for_model(**fields | {"num_hidden_layers": layers, "vocab_size": VOCABULARY, "use_cache": False})
     made._attn_implementation = "eager" if setup.attention == "eager" else "sdpa"
-    network = AutoModelForCausalLM._model_mapping[type(made)](made).train()  # not shared out under ZeRO-3
+    network = model_class(made)(made).train()  # not shared out under ZeRO-3
     if setup.checkpointing:
         network.activation_checkpointing_enable()
     if setup.bf16 and setup.stage is not None:

@@ -7,6 +7,8 @@ transformers 5.23's Llama saves for its backward; the tests walk the real ones. 
 from dataclasses import dataclass
 from math import ceil
 
+from smolpretrain.core import architectures
+
 from . import counting
 
 CHUNK_LOGITS = 2**25  # as training/loss.py fills a chunk
@@ -279,9 +281,7 @@ def peak(setup):
 
 
 def checkpoint_bytes(setup):
-    """A checkpoint on disk, all ranks' files: bf16 weights, and master weights and optimizer state of every rank."""
-    held = states(setup)
-    weights = counting.count(setup.config).total * (2 if setup.bf16 and setup.stage is not None else 4)
-    shared = setup.ranks if setup.stage in (1, 2, 3) else 1
-    module = weights if setup.stage is not None else 0  # DeepSpeed writes the module once more beside its states
-    return weights + module + shared * (held["master"] + held["optimizer"])
+    """A checkpoint on disk, all ranks' files, as the run reckons it before it starts."""
+    parts = counting.count(setup.config)
+    counted = architectures.Size(parts.total, parts.parts["embedding"], bool(setup.config.get("tie_word_embeddings")))
+    return architectures.checkpoint_bytes(counted, optim=setup.optim, bf16=setup.bf16, zero_stage=setup.stage)[0]

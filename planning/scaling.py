@@ -2,6 +2,8 @@
 
 from math import sqrt
 
+from smolpretrain.core.architectures import built_in
+
 from . import counting, laws
 
 VOCABULARY, HEAD, ROW = 49152, 64, 2048
@@ -12,7 +14,7 @@ def shape(parameters):
     """A Llama of about so many parameters, embeddings included: SmolLM2's vocabulary, heads of 64, ASPECT, MLP 8/3."""
 
     def config(hidden):
-        return counting.built_in("smollm2-1.7b") | {
+        return built_in("smollm2-1.7b") | {
             "hidden_size": hidden,
             "num_hidden_layers": max(2, round(hidden / ASPECT)),
             "num_attention_heads": hidden // HEAD,
@@ -42,7 +44,7 @@ def advise(flops):
     counted = counting.count(config)
     said = [laws.deepseek(flops), laws.olmo_ladder(counted.non_embedding)]
     rows = max(1, round(said[0].batch_tokens / ROW))
-    overrides = {key: config[key] for key in config if config[key] != counting.built_in("smollm2-135m").get(key)}
+    overrides = {key: config[key] for key in config if config[key] != built_in("smollm2-135m").get(key)}
     return {
         "flops": flops,
         "optimum": optimum,

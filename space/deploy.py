@@ -19,7 +19,8 @@ if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the pack
 from huggingface_hub import HfApi, SpaceCard
 from huggingface_hub.utils import disable_progress_bars
 
-from smolpretrain.hub.connection import Repository, check_license, one_line, owner, persist
+from smolpretrain.core.text import reason
+from smolpretrain.hub.connection import Repository, check_license, owner, persist
 from smolpretrain.space.static import write_page
 
 HERE = Path(__file__).resolve().parent
@@ -139,7 +140,7 @@ def main(argv=None):
             return print(f"dry run: nothing was sent; it would go to the {args.sdk} Space {args.repo}.")
         address = deploy(args, args.output_dir)
     except (ValueError, OSError, RuntimeError) as error:
-        parser.error(one_line(error) + ".")
+        parser.error(reason(error) + ".")
     for model in models:
         if model.private and args.sdk == "gradio":
             print(f"{model.id} is private: give the Space a secret HF_TOKEN that may read it (Settings).")

@@ -11,17 +11,23 @@ import argparse
 import base64
 import hashlib
 import json
-import os
 import re
+import runpy
+import sys
 from html import escape
 from pathlib import Path
 
+if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "in_place.py"))
+
 from huggingface_hub import SpaceCard, SpaceCardData
+
+from smolpretrain.core import files, secrets
+from smolpretrain.core.text import one_line
 
 HERE = Path(__file__).resolve().parent
 PICTURE = re.compile(r"(data:image/png;base64,[A-Za-z0-9+/=]+)")
-# As in the card's hub/run_record.py: what must not leave the machine.
-SECRETS = re.compile(r"\b(?:hf_\w{20,}|gh[a-z]_\w{20,}|sk-[\w-]{20,}|AKIA[0-9A-Z]{16})")
+# Paths of a machine, as in the card's hub/run_record.py, in HTML.
 HOMES = re.compile(r"(?<![\w.<-])/(?:home|Users)/[^\s/'\"`<>&|,;]+")
 PATHS = re.compile(r"(?<![\w./<-])~?/(?:[^\s/'\"`<>&|,;]+/)+([^\s/'\"`<>&|,;]*)")
 
@@ -29,33 +35,19 @@ PATHS = re.compile(r"(?<![\w./<-])~?/(?:[^\s/'\"`<>&|,;]+/)+([^\s/'\"`<>&|,;]*)"
 def clean(text):
     """Text without access tokens, with the last part of an absolute path in the path's place; pictures stay."""
     text = text.encode("utf-8", "replace").decode()
-    for name, value in os.environ.items():
-        if re.search(r"TOKEN|SECRET|PASSWORD|(API|ACCESS)_KEY", name) and len(value) >= 16:
-            text = text.replace(value, "[removed]")
     parts = PICTURE.split(text)
-    parts[::2] = [PATHS.sub(r"\1", HOMES.sub("~", SECRETS.sub("[removed]", part))) for part in parts[::2]]
+    parts[::2] = [PATHS.sub(r"\1", HOMES.sub("~", secrets.remove(part))) for part in parts[::2]]
     return "".join(parts)
 
 
 def read_rows(path):
-    """Samples of a JSON lines file, cleaned; none where there is no file, nor of a last line that a kill cut short."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []  # of text they would part at U+2028 too
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line.decode("utf-8", "replace"))
-            rows.append(row | {key: clean(row[key]) for key in ("prompt", "text", "model") if key in row})
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}: line {number} is no JSON ({error}).") from error
-    return rows
+    """Samples of a JSON lines file, cleaned."""
+    rows = files.read_rows(path).rows
+    return [row | {key: clean(row[key]) for key in ("prompt", "text", "model") if key in row} for row in rows]
 
 
 def read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: it is no JSON ({error}).") from error
+    return files.read_json(path) if path.is_file() else {}
 
 
 def read_samples(run_dir):
@@ -223,7 +215,7 @@ def main(argv=None):
     try:
         paths = write_page(args.run_dir, args.output_dir or Path(args.run_dir, "space"), args.repo, args.license)
     except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(one_line(error))
     print(f"wrote {' and '.join(map(str, paths))}")
 
 

@@ -11,8 +11,8 @@ from transformers.integrations import integration_utils
 
 from smolpretrain import arguments, ds_configs, limits
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
-from smolpretrain.command_line import collect, parse_args
 from smolpretrain.core import precision
+from smolpretrain.core.words import collect, parse_args
 
 ROOT = Path(__file__).parents[1]
 CLASSES = (ModelArguments, DataArguments, PretrainArguments)

@@ -18,6 +18,7 @@ from conftest import ROOT
 from transformers import LlamaConfig, MixtralConfig
 
 from smolpretrain import limits, run_pretrain
+from smolpretrain.core.architectures import load_config
 from smolpretrain.data.tokens.tokenization import load_tokenizer, train_tokenizer
 from smolpretrain.training import model
 
@@ -391,7 +392,7 @@ def test_a_strangers_files_are_read_and_none_of_their_code_nor_anything_beside_t
     outside = {"tokenizer_class": "BertTokenizer", "vocab_file": "../.env", "eos_token": "[SEP]"}
     (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(outside))
     shutil.copy(places["remote_model"] / "evil.py", tmp_path / "model")
-    config = model.load_config(str(tmp_path / "model"))
+    config = load_config(str(tmp_path / "model"))
     assert type(config) is LlamaConfig and not hasattr(config, "auto_map")
     vocabulary = load_tokenizer(str(tmp_path / "model")).get_vocab()
     assert "a" in vocabulary and "KEY=value" not in vocabulary

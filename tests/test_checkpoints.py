@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from smolpretrain import launch
 from smolpretrain.arguments import PretrainArguments
+from smolpretrain.core.architectures import load_config
 from smolpretrain.training import model
 from smolpretrain.training.safety import checkpoints, guards, lock, ranks, resume, spot
 
@@ -409,7 +410,7 @@ def test_a_metadata_service_that_is_not_there_is_no_notice(metadata):
 
 @pytest.fixture
 def network_and_directory(tmp_path):
-    config = model.load_config("smollm2-1m", {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64})
+    config = load_config("smollm2-1m", {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64})
     network = model.random_model(config, 7, "sdpa")
     network.save_pretrained(tmp_path / "model")
     return network, tmp_path / "model", config
@@ -422,10 +423,10 @@ def test_init_from_takes_the_weights_and_names_the_first_tensor_that_does_not_fi
     assert all(
         torch.equal(a, b) for a, b in zip(network.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
-    wider = model.load_config("smollm2-1m", {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 64})
+    wider = load_config("smollm2-1m", {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 64})
     with pytest.raises(ValueError, match=r"embed_tokens.weight is \[64, 32\], .* make it \[64, 64\]"):
         model.model_from(str(directory), wider, "sdpa")
-    deeper = model.load_config("smollm2-1m", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64})
+    deeper = load_config("smollm2-1m", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64})
     with pytest.raises(ValueError, match=r"there is no model.layers.1\."):
         model.model_from(str(directory), deeper, "sdpa")
     checkpoints.commit(directory, 0, 1, step=1)

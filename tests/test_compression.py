@@ -8,7 +8,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from smolpretrain import limits
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
-from smolpretrain.command_line import parse_args
+from smolpretrain.core.architectures import load_config
+from smolpretrain.core.words import parse_args
 from smolpretrain.training import compression, model
 from smolpretrain.training.trainer import PretrainTrainer
 
@@ -31,7 +32,7 @@ def test_under_zero_the_argument_is_deepspeed_s_own_key(stage):
 @pytest.mark.parametrize(("kind", "name"), [("none", "NO"), ("fp16", "FP16")])
 def test_without_zero_the_trainer_s_accelerator_has_torch_s_hook(kind, name, tmp_path):
     words = ["deepspeed=null", f"output_dir={tmp_path}", "max_steps=60", "eval_strategy=no"]
-    network = model.random_model(model.load_config("smollm2-1m"), 0, "sdpa")
+    network = model.random_model(load_config("smollm2-1m"), 0, "sdpa")
     handler = PretrainTrainer(model=network, args=compressed(kind, *words)).accelerator.ddp_handler
     assert (handler.comm_hook.name, handler.comm_state_option) == (name, {})
 

@@ -7,10 +7,15 @@ from test_divergence import Fault, saved, train
 from transformers import LlamaConfig
 
 from smolpretrain.arguments import PretrainArguments
+from smolpretrain.core import architectures
 from smolpretrain.training.safety import checkpoints
 from smolpretrain.training.safety import disk as space
 
 CONFIG = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+
+
+def reckoned(config, optim="adamw_bnb_8bit", bf16=True):
+    return architectures.checkpoint_bytes(architectures.size(config), optim=optim, bf16=bf16, zero_stage=0)
 
 
 def arguments(output_dir, **changes):
@@ -63,7 +68,7 @@ def needed_at_start(args, monkeypatch, free=0):
 )
 def test_the_room_for_every_checkpoint_that_stands_at_one_time_is_asked_for(tmp_path, monkeypatch, changes, count):
     message = needed_at_start(arguments(tmp_path, **changes), monkeypatch)
-    one, model = space.checkpoint_bytes(CONFIG, "adamw_bnb_8bit", True, 0)
+    one, model = reckoned(CONFIG)
     assert f"needs {space.show(count * one + model)} more for {count} checkpoints of {space.show(one)} at" in message
     assert "lower save_total_limit, or raise save_steps or keep_every_steps" in message
     monkeypatch.setattr(space, "free_bytes", lambda output_dir: count * one + model)
@@ -71,7 +76,7 @@ def test_the_room_for_every_checkpoint_that_stands_at_one_time_is_asked_for(tmp_
 
 
 def test_checkpoints_that_are_there_already_are_not_asked_for_again(tmp_path, monkeypatch):
-    one, model = space.checkpoint_bytes(CONFIG, "adamw_bnb_8bit", True, 0)
+    one, model = reckoned(CONFIG)
     (tmp_path / "checkpoint-10").mkdir()
     (tmp_path / "checkpoint-10" / "optimizer.pt").write_bytes(bytes(one))
     assert f"needs {space.show(3 * one + model)} more" in needed_at_start(arguments(tmp_path), monkeypatch)
@@ -82,8 +87,8 @@ def test_what_one_checkpoint_takes_is_reckoned_from_the_model_and_the_optimizer(
     sizes = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4}
     sizes |= {"num_hidden_layers": 2, "tie_word_embeddings": True}
     trainer, *_ = train(tmp_path, "loss", {1}, optim=optim, sizes=sizes, max_steps=2)
-    reckoned = space.checkpoint_bytes(trainer.model.config, optim, False, 0)[0] - space.BESIDES
-    assert reckoned == pytest.approx(space.newest_bytes(tmp_path), rel=0.02)
+    weights = reckoned(trainer.model.config, optim, False)[0] - architectures.BESIDES
+    assert weights == pytest.approx(space.newest_bytes(tmp_path), rel=0.02)
 
 
 def test_a_disk_with_too_little_room_is_noticed_before_a_byte_of_the_checkpoint_is_written(small_disk):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from smolpretrain import run_pretrain
 from smolpretrain.arguments import PretrainArguments
+from smolpretrain.core.architectures import built_in, load_config
 from smolpretrain.data.collator import PackedCollator
 from smolpretrain.planning import counting
 from smolpretrain.training import loss, model
@@ -22,7 +23,7 @@ COEFFICIENT = 0.5  # loud enough to be seen beside the cross-entropy
 
 
 def mixture(name="smollm2-1m-moe", **changes):
-    config = model.load_config(name, SIZES | {"router_aux_loss_coef": COEFFICIENT} | changes)
+    config = load_config(name, SIZES | {"router_aux_loss_coef": COEFFICIENT} | changes)
     return model.random_model(config, 0, "sdpa")
 
 
@@ -93,14 +94,14 @@ def test_the_load_is_that_of_the_busiest_expert_and_the_entropy_of_all():
 
 @pytest.mark.parametrize("name", ["smollm2-1m", "smollm2-135m"])
 def test_a_sibling_has_as_many_active_weights_and_several_times_as_many_in_all(name):
-    dense, sibling = (counting.count(counting.built_in(n)) for n in (name, f"{name}-moe"))
+    dense, sibling = (counting.count(built_in(n)) for n in (name, f"{name}-moe"))
     assert sibling.active == pytest.approx(dense.total, rel=0.01) and sibling.total > 2 * dense.total
 
 
 def test_muon_is_refused_a_mixture_s_stacked_experts():
     with pytest.raises(ValueError, match=r"optim = muon takes matrices, .* is a stack of them \[8, 64, 64\]"):
         model.check_optimizer(mixture().config, "muon")
-    model.check_optimizer(model.load_config("smollm2-1m"), "muon")
+    model.check_optimizer(load_config("smollm2-1m"), "muon")
 
 
 @pytest.mark.parametrize(

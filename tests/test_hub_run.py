@@ -19,7 +19,7 @@ from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM
 
 from smolpretrain.arguments import PretrainArguments
-from smolpretrain.command_line import parse_args
+from smolpretrain.core.words import parse_args
 from smolpretrain.hub import folder, uploads
 from smolpretrain.hub.connection import Repository
 

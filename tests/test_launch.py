@@ -13,8 +13,7 @@ import time
 import pytest
 from conftest import BIN, ROOT, free_port
 
-from smolpretrain import launch
-from smolpretrain.training.safety import guards
+from smolpretrain.core import status as statuses
 
 LOOP = "import sys; from smolpretrain import launch; launch.PAUSE_SECONDS = {}; sys.exit(launch.main(sys.argv[1:]))"
 
@@ -58,7 +57,7 @@ def newer(step):
     return f"mkdir checkpoint-{step}; touch checkpoint-{step}/manifest.json"
 
 
-@pytest.mark.parametrize("status", launch.END)
+@pytest.mark.parametrize("status", statuses.FINAL)
 def test_what_another_start_would_meet_again_ends_it(loop, tmp_path, status):
     assert ended(loop(f"exit {status}"), tmp_path)[:2] == (status, 1)
 
@@ -83,7 +82,7 @@ def test_the_last_restart_ends_it(loop, tmp_path):
 @pytest.mark.parametrize("status", [75, 1])
 def test_a_stop_that_the_ranks_heard_ends_it_and_an_older_one_does_not(loop, tmp_path, status):
     """The ranks remove the file at once, and may be done before anybody else has seen it; torchrun says 1."""
-    stops = [{"last_stop": {"step": step, "by": by}} for step, by in ((1, "SIGTERM"), (2, guards.STOP_FILE))]
+    stops = [{"last_stop": {"step": step, "by": by}} for step, by in ((1, "SIGTERM"), (2, statuses.BY_STOP_FILE))]
     wrote = [f"echo '{json.dumps(stop)}' > run.json; {newer(stop['last_stop']['step'] + 1)}" for stop in stops]
     assert ended(loop(*(f"{line}; exit {status}" for line in wrote), "exit 0"), tmp_path)[:2] == (status, 2)
     assert ended(loop("exit 75", "exit 0"), tmp_path)[:2] == (0, 2), "what stopped an earlier run stops no other"

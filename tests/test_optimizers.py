@@ -11,12 +11,12 @@ from transformers import Gemma2Config, LlamaConfig, set_seed
 
 from smolpretrain import limits
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
-from smolpretrain.command_line import parse_args
+from smolpretrain.core import architectures
+from smolpretrain.core.words import parse_args
 from smolpretrain.data.collator import PackedCollator
 from smolpretrain.data.tokens.tokenization import train_tokenizer
 from smolpretrain.planning import memory
 from smolpretrain.training import loss, model
-from smolpretrain.training.safety import disk as space
 from smolpretrain.training.trainer import PretrainTrainer
 
 EOS = 0
@@ -74,7 +74,9 @@ def test_a_resumed_run_ends_bit_identical_and_the_plan_knows_its_state(optim, tm
             v.data_ptr(): v.nbytes for s in whole.optimizer.state.values() for v in s.values() if torch.is_tensor(v)
         }
         assert sum(held.values()) == memory.states(setup)["optimizer"]
-    reckoned = space.checkpoint_bytes(whole.model.config, optim, False, None)[0] - space.BESIDES
+    counted = architectures.size(whole.model.config)
+    reckoned = architectures.checkpoint_bytes(counted, optim=optim, bf16=False, zero_stage=None)[0]
+    reckoned -= architectures.BESIDES
     files = [tmp_path / "whole" / "checkpoint-3" / name for name in ("model.safetensors", "optimizer.pt")]
     size = sum(file.stat().st_size for file in files)
     assert size - 2**17 < reckoned < (2.0 if optim == "adafactor" else 1.2) * size  # names and headers of a tiny model

@@ -15,9 +15,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from smolpretrain import plan as plan_command
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
-from smolpretrain.command_line import parse_args
+from smolpretrain.core.architectures import BUILT_IN, built_in, load_config
+from smolpretrain.core.words import parse_args
 from smolpretrain.planning import assemble, contradictions, cost, counting, cpu, hardware, laws, machines, memory, start
-from smolpretrain.training.model import BUILT_IN, load_config
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
 RECIPES = [ROOT / "args.json", *sorted((ROOT / "configs").glob("*.json"))]
@@ -63,12 +63,12 @@ def test_every_recipe_s_model_is_counted_to_the_parameter(recipe):
     asked = json.loads(recipe.read_text(encoding="utf-8"))
     name, overrides = asked.get("model_name", "smollm2-135m"), asked.get("config_overrides")
     model = on_meta(load_config(name, overrides))
-    assert counting.count(counting.load_config(name, overrides)).total == sum(p.numel() for p in model.parameters())
+    assert counting.count(load_config(name, overrides).to_dict()).total == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_plan_and_the_training_read_one_table_of_built_in_models(name):
-    ours, theirs = counting.load_config(name), load_config(name).to_dict()
+    ours, theirs = built_in(name), load_config(name).to_dict()
     assert {key: theirs[key] for key in BUILT_IN[name]} == BUILT_IN[name] | {
         "rope_parameters": theirs["rope_parameters"]
     }
@@ -77,10 +77,9 @@ def test_the_plan_and_the_training_read_one_table_of_built_in_models(name):
 
 def test_overridden_sizes_derive_the_head_size_again_as_the_training_does():
     overrides = {"hidden_size": 1152, "attention_bias": True}
-    theirs = load_config("smollm2-135m", overrides)
-    assert counting.weights(counting.load_config("smollm2-135m", overrides)) == counting.weights(theirs.to_dict())
-    with pytest.raises(ValueError, match="hidden_sizes is not a field"):
-        counting.load_config("smollm2-135m", {"hidden_sizes": 768})
+    config = load_config("smollm2-135m", overrides)
+    assert config.head_dim == 1152 // config.num_attention_heads
+    assert counting.count(config.to_dict()).total == sum(p.numel() for p in on_meta(config).parameters())
 
 
 def test_an_unknown_architecture_is_refused_by_name():
@@ -147,7 +146,7 @@ def test_states_are_those_of_real_runs_to_the_byte(ranks, launch, tmp_path):
     done = launch("deepspeed", "--num_gpus", ranks, ROOT / "tests" / "walked_run.py", tmp_path / "cases.json")
     walked = [json.loads(found) for found in re.findall(r"walked (\{[^}]*\})", done.stdout)]  # ranks may share a line
     assert len(walked) == len(CASES) * ranks
-    config = counting.load_config("smollm2-1m", ODD)
+    config = load_config("smollm2-1m", ODD).to_dict()
     for case, found in enumerate(walked):
         stage, optim = CASES[case // ranks]
         setup = memory.Setup(
@@ -163,7 +162,7 @@ def test_states_are_those_of_real_runs_to_the_byte(ranks, launch, tmp_path):
 def test_states_are_deepspeed_s_own_estimate_where_its_assumptions_agree(name, ranks):
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-    config = counting.load_config(name)
+    config = load_config(name).to_dict()
     parts = memory.states(memory.Setup(config, 512, ranks=ranks, stage=2, optim="adamw_torch"))
     # It takes float32 gradients of all groups at once and no step counters; ours are of the largest group.
     shares = [memory.partition(tensors, ranks) for tensors, _ in memory.groups(
@@ -236,7 +235,7 @@ def test_the_older_project_s_claims_are_found_impossible(capsys):
 
 
 def test_claims_that_agree_with_arithmetic_are_left_alone():
-    config = counting.load_config("smollm2-135m")
+    config = load_config("smollm2-135m").to_dict()
     plan = planned("max_steps=1000", "gpu=H100-SXM", "gpus=8")
     tokens = plan["data"]["tokens"]
     hours = tokens * plan["compute"]["flops_per_token"] / (8 * 989.4e12 * 0.4) / 3600
@@ -331,7 +330,7 @@ def test_time_is_flops_over_peak_and_money_and_energy_follow():
 def test_a_slow_network_sets_the_pace():
     words = ["gpu=H100-SXM", "gpus=16", "nodes=2", "max_steps=1000", "mfu=0.5"]
     slow = planned(*words, "network_gbit_per_second=1")["time"]
-    sent = 3 * 2 * counting.count(counting.load_config("smollm2-135m")).total * 15 / 16
+    sent = 3 * 2 * counting.count(load_config("smollm2-135m").to_dict()).total * 15 / 16
     assert slow["limited_by"] == "network"
     assert slow["seconds_a_step"] == pytest.approx(sent / (1e9 / 8), rel=1e-6)
     fast = planned(*words, "network_gbit_per_second=100000")["time"]
@@ -364,7 +363,7 @@ def test_a_slow_network_sets_the_pace():
     ],
 )
 def test_what_a_rank_sends_follows_what_is_sent_and_how_often(zero, words, times):
-    config = counting.load_config("smollm2-135m")
+    config = load_config("smollm2-135m").to_dict()
     content = zero and {"bf16": {"enabled": "auto"}, "zero_optimization": zero}
     values, _ = plan_command.parse(words)
     setup, total = assemble.set_up(config, values, content, 4, cuda=True), counting.count(config).total
@@ -373,7 +372,7 @@ def test_what_a_rank_sends_follows_what_is_sent_and_how_often(zero, words, times
 
 
 def test_on_gloo_reducing_to_the_owner_costs_more():
-    config, total = counting.load_config("smollm2-135m"), 1000
+    config, total = load_config("smollm2-135m").to_dict(), 1000
     owner = memory.Setup(config, 512, stage=2, all_reduce=False, cuda=False)
     assert cost.traffic(owner, total, 4) == (0, pytest.approx(750 * 2 * (5 / 4 + 1)))  # a ring, then collected
     assert cost.traffic(memory.Setup(config, 512, stage=3, cuda=False), total, 4) == (750 * 2, 2 * 750 * 2)
@@ -383,7 +382,7 @@ def test_more_machines_send_what_the_formulas_say_and_hide_it_or_wait_for_it():
     words = ["gpu=H100-SXM", "gpus=8", "mfu=0.5", "network_gbit_per_second=10", "scaling=true", "deepspeed=null"]
     rows = planned(*words, "gradient_accumulation_steps=4")["scaling"]
     assert [row["nodes"] for row in rows] == [1, 2, 4, 8, 16, 32, 64] and rows[-1]["ranks"] == 512
-    parameters = counting.count(counting.load_config("smollm2-135m")).total
+    parameters = counting.count(load_config("smollm2-135m").to_dict()).total
     for row in rows:
         assert row["sent_bytes"] == pytest.approx(2 * 4 * parameters * (row["ranks"] - 1) / row["ranks"])  # DDP, fp32
         speed = 450e9 if row["nodes"] == 1 else 10e9 / 8  # NVLink within a machine, then its network
@@ -505,7 +504,7 @@ def test_at_its_start_a_run_says_two_lines_and_an_unknown_architecture_stops_non
     values, _ = plan_command.parse(
         ["model_name=smollm2-1m", "max_steps=10", f"output_dir={tmp_path}", "deepspeed=null"]
     )
-    config, cpu = counting.load_config("smollm2-1m"), torch.device("cpu")
+    config, cpu = load_config("smollm2-1m").to_dict(), torch.device("cpu")
     said, plan = start.plan(config, values, cpu, ranks=2)
     assert said[0].startswith("plan: 1.26M parameters, 32,768 tokens a step x 10 steps = 328K tokens")
     assert "GiB a device (fits)" in said[1] and "of the peak of 2 x cpu" in said[1]
@@ -535,7 +534,7 @@ def timed_layers(monkeypatch, config, **changes):
 
 
 def test_the_parts_of_a_cpu_s_step_are_counted(monkeypatch):
-    config = counting.load_config("smollm2-1m")
+    config = load_config("smollm2-1m").to_dict()
     found = timed_layers(monkeypatch, config)
     assert found == {"layers": 4 * config["num_hidden_layers"], "around": 4 * 0.25, "loss": 1.0, "optimizer": 1 / 2}
     monkeypatch.setattr(cpu, "LAYER", cpu.LAYER // 2**10)  # too much for one time: a row, then a part of one
@@ -573,8 +572,8 @@ def test_small_tensors_keep_32_bit_state_as_bitsandbytes_has_it():
 
 def test_what_a_recorder_needs_for_mfu_is_none_where_it_is_not_known():
     cpu = torch.device("cpu")
-    terms = start.utilization_terms(counting.load_config("smollm2-135m"), 2048, cpu)
-    assert terms["flops_per_token"] == counting.flops(counting.load_config("smollm2-135m"), 2048).model
+    terms = start.utilization_terms(load_config("smollm2-135m").to_dict(), 2048, cpu)
+    assert terms["flops_per_token"] == counting.flops(load_config("smollm2-135m").to_dict(), 2048).model
     assert terms["peak_flops"] > 1e9 and terms["device"] == "cpu"
     assert start.utilization_terms({"model_type": "bloom"}, 2048, cpu)["flops_per_token"] is None
 

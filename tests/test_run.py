@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from smolpretrain import run_pretrain
-from smolpretrain.command_line import read_json
+from smolpretrain.core.words import read_json
 from smolpretrain.data.tokens.tokenization import train_tokenizer
 
 pytestmark = pytest.mark.slow

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, LlamaC
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from smolpretrain.arguments import PretrainArguments
+from smolpretrain.core import files
+from smolpretrain.core.architectures import load_config
 from smolpretrain.data.collator import PackedCollator
 from smolpretrain.data.tokens.tokenization import train_tokenizer
-from smolpretrain.eval import report
 from smolpretrain.hub import run_record
 from smolpretrain.space import static
 from smolpretrain.training import held_out, loss, model, record
@@ -51,12 +52,12 @@ def rows(count, length=64, seed=0):
 )
 def test_built_in_models_have_the_released_sizes(name, parameters):
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(model.load_config(name))
+        built = AutoModelForCausalLM.from_config(load_config(name))
     assert sum(p.numel() for p in built.parameters()) == parameters  # as huggingface.co counts HuggingFaceTB's
 
 
 def test_built_in_models_have_the_authors_pre_training_values():
-    config = model.load_config("smollm2-1.7b")
+    config = load_config("smollm2-1.7b")
     assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (2048, 10000.0)
     assert (config.vocab_size, config.rms_norm_eps, config.tie_word_embeddings) == (49152, 1e-5, True)
 
@@ -64,7 +65,7 @@ def test_built_in_models_have_the_authors_pre_training_values():
 def test_weights_are_random_seeded_and_float32_even_from_a_trained_directory(tmp_path):
     trained = tiny(seed=1)
     trained.to(torch.bfloat16).save_pretrained(tmp_path)
-    config = model.load_config(str(tmp_path))
+    config = load_config(str(tmp_path))
     first, again, other = (model.random_model(config, seed, "sdpa") for seed in (5, 5, 6))
     head = [m.lm_head.weight for m in (first, again, other, trained)]
     assert head[0].dtype == torch.float32
@@ -73,30 +74,30 @@ def test_weights_are_random_seeded_and_float32_even_from_a_trained_directory(tmp
 
 
 def test_config_overrides_change_fields_and_an_unknown_one_is_refused():
-    assert model.load_config("smollm2-135m", {"num_hidden_layers": 3}).num_hidden_layers == 3
+    assert load_config("smollm2-135m", {"num_hidden_layers": 3}).num_hidden_layers == 3
     with pytest.raises(ValueError, match="config_overrides: layers is not a field of LlamaConfig"):
-        model.load_config("smollm2-135m", {"layers": 3})
+        load_config("smollm2-135m", {"layers": 3})
     with pytest.raises(ValueError, match="config_overrides = .*make no LlamaConfig"):
-        model.load_config("smollm2-135m", {"num_hidden_layers": "three"})
+        load_config("smollm2-135m", {"num_hidden_layers": "three"})
 
 
 def test_what_is_derived_follows_an_override(tmp_path):
-    model.load_config("smollm2-135m").save_pretrained(tmp_path)
+    load_config("smollm2-135m").save_pretrained(tmp_path)
     for name in ("smollm2-135m", str(tmp_path)):
-        config = model.load_config(name, {"hidden_size": 768, "num_attention_heads": 6, "num_key_value_heads": 6})
+        config = load_config(name, {"hidden_size": 768, "num_attention_heads": 6, "num_key_value_heads": 6})
         assert config.head_dim == 128 and config.rope_parameters["rope_theta"] == 10000.0
 
 
 def test_a_model_that_is_nowhere_is_named(tmp_path):
     with pytest.raises(ValueError, match="smollm2-9b is not a directory, a Hub id .* smollm2-135m, "):
-        model.load_config("smollm2-9b")
+        load_config("smollm2-9b")
     with pytest.raises(ValueError, match="is a directory without config.json"):
-        model.load_config(str(tmp_path))
+        load_config(str(tmp_path))
     with pytest.raises(ValueError, match="nobody/nothing cannot be had from the Hub"):
-        model.load_config("nobody/nothing")
+        load_config("nobody/nothing")
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match="is a vit, which is not a causal language model"):
-        model.load_config(str(tmp_path))
+        load_config(str(tmp_path))
 
 
 def test_vocabulary_and_block_must_fit_the_model():
@@ -419,7 +420,7 @@ def test_a_sample_with_a_line_separator_in_it_is_one_row_for_a_resumed_run_and_i
     row = {"step": 2, "text": "one\u2028two\x85three"}
     (tmp_path / "samples.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     record.Record(tmp_path, None, torch.device("cpu"))._keep_until(4, evaluated_again=False)
-    for read in (report.read_rows, run_record.read_rows, static.read_rows):
+    for read in (lambda path: files.read_rows(path).rows, run_record.read_rows, static.read_rows):
         assert read(tmp_path / "samples.jsonl") == [row]
 
 

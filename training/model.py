@@ -1,106 +1,18 @@
-"""The model: an architecture by name, from random weights or those of a checkpoint."""
+"""The model of a config, from random weights or those of a checkpoint, and what it can do here."""
 
-import json
 import math
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, set_seed
+
+from smolpretrain.core.architectures import BUILT_IN, SHARED_VOCABULARY, model_class, on_meta
 
 from .safety import checkpoints
 
-_TABLE = json.loads((Path(__file__).resolve().parents[1] / "architectures.json").read_text(encoding="utf-8"))
-BUILT_IN = {name: _TABLE["shared"] | own for name, own in _TABLE["models"].items()}  # plan.py reads the same file
 TRAIN = "train"  # tokenizer_name of a tokenizer trained on the data
-
-
-def load_config(model_name, overrides=None):
-    """The architecture's configuration.
-
-    Args:
-        model_name: A built-in's name, a directory with config.json, or a Hub id.
-        overrides: Fields to change; a field that the config does not have is refused.
-
-    Raises:
-        ValueError: The name leads nowhere, it is no causal language model, or a field cannot be so.
-    """
-    overrides, path = overrides or {}, Path(model_name).expanduser()
-    if model_name in BUILT_IN:
-        config = AutoConfig.for_model(**{"model_type": "llama"} | BUILT_IN[model_name])
-    elif model_name and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"model_name = {model_name} is a directory without config.json.")
-        config = _read_config(model_name, path)
-    elif model_name.count("/") != 1 or model_name.startswith((".", "/", "~")):
-        raise ValueError(
-            f"model_name = {model_name} is not a directory, a Hub id (user/name) or one of {', '.join(BUILT_IN)}."
-        )
-    else:
-        try:
-            config = _read_config(model_name, model_name)
-        except OSError as error:
-            raise ValueError(
-                f"model_name = {model_name} cannot be had from the Hub: {str(error).splitlines()[0]} Is the name "
-                "right, the network there, and, where it is gated, `hf auth login` done?"
-            ) from None
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(f"model_name = {model_name} is a {config.model_type}, which is not a causal language model.")
-    if overrides:
-        config = _override(config, overrides)
-    elif model_name in BUILT_IN:
-        return config
-    if (reason := _cannot_compute(config)) and not _cannot_compute(type(config)()):
-        origin = f"config_overrides = {overrides} make" if overrides else f"model_name = {model_name} is"
-        raise ValueError(f"{origin} a {type(config).__name__} that cannot compute: {reason}.")
-    return config
-
-
-def _read_config(model_name, source):
-    """AutoConfig's; code that comes with a config is never run, nor is it asked whether to run it."""
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        config.__dict__.pop("auto_map", None)  # or our export would ask for that code
-        return config
-    except (ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"model_name = {model_name} has a config.json that makes no model here: {reason}") from None
-
-
-def _cannot_compute(config):
-    """Why 8 tokens do not pass through the architecture, as with 5 KV heads for 9 heads; None where they do.
-
-    On the meta device nothing is allocated. Some architectures cannot be run there: it counts where their default can.
-    """
-    fields = config.to_dict()
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if isinstance(value := fields.get(name), int) and value < 1:
-            return f"{name} must be at least 1, is {value}"
-    try:
-        with torch.device("meta"):
-            network = AutoModelForCausalLM._model_mapping[type(config)](config)  # not shared out under ZeRO-3
-            seen = torch.zeros(1, 1, 8, 8)  # a mask that is given is not built, which would need values
-            network(input_ids=torch.zeros(1, 8, dtype=torch.long), attention_mask=seen, use_cache=False)
-    except Exception as error:  # as many kinds as there are architectures
-        return " ".join(str(error).split())[:200]
-    return None
-
-
-def _override(config, overrides):
-    """The configuration made anew with other fields, so that what is derived from them follows."""
-    fields = config.to_dict()
-    for name in overrides:
-        if name not in fields:
-            raise ValueError(f"config_overrides: {name} is not a field of {type(config).__name__}.")
-    heads, size = fields.get("num_attention_heads"), fields.get("hidden_size")
-    if heads and size and fields.get("head_dim") == size // heads:
-        fields.pop("head_dim")  # it was derived, and is derived again
-    try:
-        return type(config).from_dict(fields | overrides)
-    except Exception as error:  # transformers' strict configs raise types of their own
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"config_overrides = {overrides} make no {type(config).__name__}: {reason}.") from None
 
 
 def tokenizer_source(model_name, tokenizer_name):
@@ -109,7 +21,7 @@ def tokenizer_source(model_name, tokenizer_name):
         return tokenizer_name
     if model_name in BUILT_IN:
         # The 1Ms' vocabulary of 4096 is nobody's but ours; the others share SmolLM2's tokenizer.
-        own = BUILT_IN[model_name]["vocab_size"] != _TABLE["shared"]["vocab_size"]
+        own = BUILT_IN[model_name]["vocab_size"] != SHARED_VOCABULARY
         return TRAIN if own else "HuggingFaceTB/SmolLM2-135M"
     return model_name
 
@@ -142,7 +54,7 @@ def choose_attention(asked, device, config):
     Raises:
         ValueError: What is asked for cannot be had, here or with this architecture.
     """
-    network = AutoModelForCausalLM._model_mapping[type(config)]
+    network = model_class(config)
     supported = {"eager": True, "sdpa": network._supports_sdpa, "flash_attention_2": network._supports_flash_attn}
     installed = find_spec("flash_attn") is not None
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
@@ -170,8 +82,7 @@ def check_optimizer(config, optim):
     """
     if optim != "muon":
         return
-    with torch.device("meta"):
-        network = AutoModelForCausalLM._model_mapping[type(config)](config)
+    network = on_meta(config)
     for name, parameter in network.named_parameters():
         if parameter.dim() > 2:
             raise ValueError(
@@ -233,8 +144,7 @@ def check_weights(path, config):
     for file in weight_files(path):
         with safe_open(file, "pt") as tensors:
             found |= {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    with torch.device("meta"):  # by its class: from_config would share it out under ZeRO-3
-        network = AutoModelForCausalLM._model_mapping[type(config)](config)
+    network = on_meta(config)
     tied = network._tied_weights_keys or {} if config.tie_word_embeddings else {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         if found.get(name) != (shape := list(parameter.shape)) and not (name in tied and name not in found):

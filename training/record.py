@@ -1,10 +1,7 @@
 """What happened: metrics.jsonl and samples.jsonl for programs, training_log.md for people, a bar for who waits."""
 
-import hashlib
 import json
 import math
-import os
-import re
 import resource
 import sys
 import time
@@ -16,6 +13,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from transformers import TrainerCallback
+
+from smolpretrain.core.files import read_json, read_rows, write_json, write_text
 
 SAMPLE_TOKENS, PROMPTS_IN_LOG = 48, 3
 _RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets", "tokenizers")
@@ -29,10 +28,7 @@ _HEADER = (
 def write_run(output_dir, **entries):
     """Add entries to output_dir/run.json, whole or not at all."""
     path = Path(output_dir) / "run.json"
-    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(run | entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, (read_json(path) if path.is_file() else {}) | entries)
 
 
 def write_start(output_dir, arguments, manifest, git, plan):
@@ -72,11 +68,6 @@ def write_result(output_dir, log, results, result):
         f"{output_dir}; training_log.md and report/ there say how it went."
     )
     return said
-
-
-def digest(arguments):
-    """sha256 of resolved arguments."""
-    return hashlib.sha256(json.dumps(arguments, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def versions():
@@ -258,14 +249,10 @@ class Record(TrainerCallback):
         """Drop what a resumed run writes again, and a row that a kill cut short."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.directory / name
-            text = path.read_text(encoding="utf-8") if path.is_file() else ""
-            lines = re.findall(r".*\n", text)  # splitlines would part a text at U+2028 too
-            rows = [(json.loads(line), line) for line in lines if line.endswith("}\n")]
+            rows = [row for row in read_rows(path, strict=False).rows if row.get("step", math.inf) <= step and step]
             if evaluated_again:
-                rows = [(row, line) for row, line in rows if row["step"] != step or "eval_loss" not in row]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(line for row, line in rows if row["step"] <= step and step), encoding="utf-8")
-            os.replace(partial, path)
+                rows = [row for row in rows if row["step"] != step or "eval_loss" not in row]
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def say(self, sentence):
         """One sentence for who waits and for the log."""

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from smolpretrain.core.files import describe_file, sync
+from smolpretrain.core.files import describe_file, write_json
 
 FILE_NAME = "manifest.json"
 FORMAT_VERSION = 2
@@ -95,13 +95,7 @@ class Manifest:
         """Write manifest.json: whole or not at all, on the disk when this returns."""
         path = Path(prepared_dir, FILE_NAME)
         values = {name: value for name, value in asdict(self).items() if name != "reused"}
-        temporary = path.with_name(f".{FILE_NAME}.partial")
-        temporary.write_text(
-            json.dumps(values | {"fingerprint": self.fingerprint}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        write_json(path, values | {"fingerprint": self.fingerprint}, sort_keys=True)
 
     @staticmethod
     def stands_in(prepared_dir: str | os.PathLike) -> bool:

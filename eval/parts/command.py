@@ -1,7 +1,6 @@
 """The command of perplexity.py: options, one row a corpus, a table and a JSON file."""
 
 import argparse
-import json
 import math
 import re
 from pathlib import Path
@@ -11,6 +10,9 @@ import rich.table
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
+
+from smolpretrain.core.files import write_json
+from smolpretrain.core.text import one_line
 
 from .. import perplexity
 from . import corpora, intervals
@@ -88,7 +90,7 @@ def run(args):
     if args.output:
         results = list(map(finite, results))
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(results[0] if len(results) == 1 else results, indent=2) + "\n")
+        write_json(args.output, results[0] if len(results) == 1 else results)
 
 
 def show(results):
@@ -129,4 +131,4 @@ def main(argv=None):
     try:
         run(parser.parse_args(argv))
     except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(one_line(error))

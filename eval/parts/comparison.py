@@ -1,8 +1,9 @@
 """A comparison for people: the files that compare.py leaves, read back, as pictures, Markdown and HTML."""
 
 import csv
-import json
 from pathlib import Path
+
+from smolpretrain.core import files
 
 from . import page, plots
 
@@ -36,9 +37,8 @@ def read(directory):
         rows = list(csv.DictReader(file))
     for row in rows:
         row |= {key: float(row[key]) if row[key] else None for key in ("value", "low", "high")}
-    made = json.loads((directory / "comparison.json").read_text(encoding="utf-8"))
-    lines = (directory / "comparison_samples.jsonl").read_bytes().splitlines()  # text would part at U+2028 too
-    return rows, made, list(map(json.loads, lines))
+    made = files.read_json(directory / "comparison.json")
+    return rows, made, files.read_rows(directory / "comparison_samples.jsonl").rows
 
 
 def figure(value):

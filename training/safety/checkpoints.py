@@ -4,14 +4,14 @@ Trainer writes straight into checkpoint-N and looks only at directory names when
 then dies on its own newest checkpoint (transformers 5.23). Here the manifest is the commit point.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
 import torch.distributed as dist
+
+from smolpretrain.core.files import describe_file, sync, write_json
 
 MANIFEST = "manifest.json"
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
@@ -38,10 +38,8 @@ def step_of(path):
 
 def describe(path):
     """A file's size and sha256, after the disk has it."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": os.path.getsize(path), "sha256": digest}
+    sync(path)
+    return {key: value for key, value in describe_file(path).items() if key != "name"}
 
 
 def commit(checkpoint, rank, world_size, **facts):
@@ -67,24 +65,10 @@ def commit(checkpoint, rank, world_size, **facts):
     if rank == 0:
         files = {name: entry for part in parts for name, entry in sorted(part.items())}
         for directory in (checkpoint.parent, *(path for path in checkpoint.rglob("*") if path.is_dir())):
-            _sync_directory(directory)  # a name that a power cut takes away takes the file along
-        partial = checkpoint / f".{MANIFEST}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump({"world_size": world_size, **facts, "files": files}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, checkpoint / MANIFEST)
-        _sync_directory(checkpoint)
+            sync(directory)  # a name that a power cut takes away takes the file along
+        write_json(checkpoint / MANIFEST, {"world_size": world_size, **facts, "files": files})
     if world_size > 1:
         dist.barrier()  # nothing of an older checkpoint goes before this one counts
-
-
-def _sync_directory(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(checkpoint):

@@ -9,20 +9,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from transformers import AutoModelForCausalLM
+
+from smolpretrain.core.architectures import checkpoint_bytes, size
+from smolpretrain.core.status import NO_SPACE
+from smolpretrain.core.text import one_line
 
 from . import checkpoints
 
-BESIDES = 2**24  # tokenizer, schedule, random states and log, in bytes: 16 MiB are plenty
-_STATE = {
-    "sgd": 0,
-    "lion": 1,
-    "rmsprop": 1,
-    "adagrad": 1,
-    "adafactor": 1,
-    "ademamix": 3,
-}  # values kept of each weight; else two
 # A full disk in the words of the system, of safetensors (Rust), and of torch's zip writer, which drops the reason.
 _FULL = re.compile(
     r"No space left|File too large|quota exceeded|os error (?:28|27|122)\b"
@@ -34,34 +27,7 @@ _ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class NoSpace(OSError):
     """The disk is full, or would be."""
 
-    status = 5  # of the process
-
-
-def checkpoint_bytes(config, optim, bf16, zero_stage):
-    """What one checkpoint takes, and what the exported model takes, from the architecture and the optimizer.
-
-    A checkpoint under ZeRO holds the weights in the compute type twice (safetensors', with both copies of a tied head,
-    and DeepSpeed's own), the float32 weights and the optimizer's state; without ZeRO float32 weights and the state.
-
-    Returns:
-        (bytes, bytes), a few per cent too many rather than too few.
-    """
-    with torch.device("meta"):  # by its class: from_config would share it out under ZeRO-3
-        network = AutoModelForCausalLM._model_mapping[type(config)](config)
-    embeddings = sum(p.numel() for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
-    weights = sum(p.numel() for p in network.parameters())
-    compute = 2 if bf16 else 4
-    kept = next((count for name, count in _STATE.items() if name in optim), 2)
-    if "8bit" in optim:  # 8 bits, and a float32 for every 256 of them; embeddings keep 32 bits
-        state = kept * (4 * embeddings + (1 + 4 / 256) * (weights - embeddings))
-    elif optim == "muon":  # one value of a hidden matrix, AdamW's two of an embedding or a head
-        state = 4 * (weights + embeddings * (1 if config.tie_word_embeddings else 2))
-    else:
-        state = kept * 4 * weights
-    saved = 4 * weights
-    if zero_stage:
-        saved += compute * (2 * weights + (embeddings if config.tie_word_embeddings else 0))
-    return math.ceil(saved + state) + BESIDES, compute * weights + BESIDES
+    status = NO_SPACE
 
 
 def check_writable(output_dir):
@@ -97,7 +63,9 @@ def check_start(args, config, rows, say):
         NoSpace: Names the keys and the bytes.
     """
     zero = args.hf_deepspeed_config.get_value("zero_optimization.stage") if args.deepspeed else 0
-    one, exported = checkpoint_bytes(config, str(getattr(args.optim, "value", args.optim)), args.bf16, zero)
+    one, exported = checkpoint_bytes(
+        size(config), optim=str(getattr(args.optim, "value", args.optim)), bf16=args.bf16, zero_stage=zero
+    )
     batches = rows // (args.per_device_train_batch_size * args.world_size)
     an_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
@@ -150,7 +118,7 @@ def explain(error, output_dir, one):
         if getattr(cause, "errno", None) in _ERRNO or _FULL.search(str(cause)):
             one = newest_bytes(output_dir) or one
             missing = max(0, one - free_bytes(output_dir))
-            return NoSpace(_sentence(output_dir, one, missing, " ".join(str(cause).split())[:160]))
+            return NoSpace(_sentence(output_dir, one, missing, one_line(cause, 160)))
     return None
 
 

@@ -16,7 +16,6 @@ from transformers.trainer_callback import ExportableState
 
 from . import checkpoints
 
-DIVERGED = 3  # exit status
 # Window and six standard deviations as in OLMo-core's SkipStepOptimizer and levanter's skip_bad_steps. Theirs is the
 # deviation from the mean, which early in a run is the descent itself: 2.7 to 8.7 nats at step 66 went unseen. Here it
 # is the noise from one step to the next.

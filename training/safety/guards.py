@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from smolpretrain.core import status
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-INTERRUPTED = os.EX_TEMPFAIL  # exit status 75: interrupted and resumable
-STOP_FILE = "its STOP file"
 _GO_ON, _SAVE, _STOP = 0, 1, 2
 
 
@@ -29,7 +29,7 @@ def _leave(number, frame):
             child.terminate()
     if os.environ.get("RANK", "0") == "0":
         os.write(1, f"{signal.Signals(number).name}: stopped, nothing is lost, the same command goes on.\n".encode())
-    sys.exit(INTERRUPTED)
+    sys.exit(status.INTERRUPTED)
 
 
 def launchers():
@@ -76,11 +76,11 @@ class StopTogether(TrainerCallback):
             self.hear("the end of its launcher")
         if self.heard:
             return _STOP
-        for name, wish in (("STOP", _STOP), ("SAVE", _SAVE)):
+        for name, wish in ((status.STOP, _STOP), (status.SAVE, _SAVE)):
             if first and (self.directory / name).exists():
                 (self.directory / name).unlink(missing_ok=True)
                 if wish == _STOP:
-                    self.hear(STOP_FILE)
+                    self.hear(status.BY_STOP_FILE)
                 return wish
         return _GO_ON
 

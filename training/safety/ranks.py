@@ -18,6 +18,8 @@ import psutil
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from smolpretrain.core.text import one_line
+
 from .guards import SIGNALS
 
 # Gloo's and NCCL's words for a rank that does not answer any more.
@@ -126,7 +128,7 @@ def one_error(rank, world_size, where):
             if status is not None:
                 print(f"run_pretrain.py: error: {error}", file=sys.stderr)
             elif lost:
-                short = " ".join(str(error).split())[-160:]
+                short = one_line(error)[-160:]
                 print(
                     f"run_pretrain.py: error: rank {rank} {where()}: {silent} does not answer: killed (out of "
                     f"memory?) or hanging. The same command goes on from the last whole checkpoint. ({short})",

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from smolpretrain.core.status import DAMAGED
+
 from .checkpoints import MANIFEST, by_step, finished, read_manifest, step_of, verify
 
 
 class Damaged(ValueError):
     """There are finished checkpoints, and not one is whole."""
 
-    status = 4  # of the process
+    status = DAMAGED
 
 
 @dataclass

@@ -11,7 +11,6 @@ import difflib
 import enum
 import json
 import math
-import os
 import re
 import sys
 import typing
@@ -20,12 +19,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-# Hugging Face, AWS, GitHub, OpenAI and the like, and a password in a URL.
-TOKEN = re.compile(
-    r"hf_[A-Za-z0-9]{20,}|A[KS]IA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|\bsk-[\w-]{20,}"
-    r"|://[^/\s:@]+:[^/\s@]+@"
-)
-SECRET_NAME = re.compile(r"(?:TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY)(?:_ID)?$", re.I)
+from . import secrets
 
 
 class Given(typing.NamedTuple):
@@ -119,11 +113,10 @@ def collect(argv):
 
 def refuse_secret(origin, key, text):
     """Refuse text with a token in it, by its shape or because the environment holds it as one; it is not repeated."""
-    if TOKEN.search(text):
+    if secrets.SHAPES.search(text):
         raise ValueError(f"{origin}: {key} holds an access token: set HF_TOKEN or run `hf auth login` instead.")
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= 16 and value in text:
-            raise ValueError(f"{origin}: {key} holds the value of {name}: leave it in the environment, out of the run.")
+    if found := secrets.find(text):
+        raise ValueError(f"{origin}: {key} holds {found}: leave it in the environment, out of the run.")
 
 
 def read_json(path):
