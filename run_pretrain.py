@@ -24,7 +24,16 @@ os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.
 if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the package
     runpy.run_path(str(Path(__file__).resolve().parent / "in_place.py"))
 
+from smolpretrain.core import threads
+
+if __name__ == "__main__":  # whether the cores are free is seen while datasets is imported, before torch is
+    _look = threads.Look()
+
 import datasets
+
+if __name__ == "__main__":
+    _threads_said = _look.settle()
+
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -362,4 +371,6 @@ def story(argv):
 if __name__ == "__main__":
     gc.freeze()  # none is among what was imported
     gc.enable()
+    if _threads_said:
+        say(_threads_said)
     main()
