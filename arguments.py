@@ -26,7 +26,10 @@ FREE_ON_RESUME = (
     *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "max_eval_samples", "sample_steps"),
     *("dataloader_num_workers", "activation_checkpointing", "ddp_timeout", "max_bad_steps", "on_spike"),
 )
-ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+ATTENTION = (
+    *("auto", "varlen", "sdpa_documents", "flash_attention_4", "flash_attention_3", "flash_attention_2"),
+    *("flex_attention", "sdpa", "eager"),
+)
 
 
 @dataclass
@@ -60,8 +63,8 @@ class ModelArguments:
     attn_implementation: str = field(
         default="auto",
         metadata={
-            "help": f"One of {', '.join(ATTENTION)}. auto: flash_attention_2 where it is installed and the device "
-            "allows it, else sdpa; the run says which."
+            "help": f"One of {', '.join(ATTENTION)}. auto takes the fastest that is there: on CUDA flash-attn 4 or 3 where "
+            "installed, else varlen, torch's own flash kernel; elsewhere sdpa. The run says which."
         },
     )
 
@@ -151,6 +154,13 @@ class PretrainArguments(TrainingArguments):
         metadata={
             "help": "Compute in bfloat16; false computes in float32. Default: true where the device has instructions "
             "for it, which CUDA devices from 8.0 on and CPUs with AVX-512 have; the run says where it has none."
+        },
+    )
+    torch_compile: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Default: on CUDA each layer is compiled by itself, seconds before step 1, kept in "
+            "TORCHINDUCTOR_CACHE_DIR for the next run. true compiles the whole model, on any device; false nothing."
         },
     )
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop an epoch's last, unfilled batch."})
@@ -251,6 +261,8 @@ class PretrainArguments(TrainingArguments):
             self.use_cpu = True
         kind = "cpu" if self.use_cpu else torch.accelerator.current_accelerator().type
         self.bf16, self.precision_said = precision.choose(self.bf16, kind)
+        if self.accelerator_config is None and not self.use_cpu:  # or a batch's copy waits for the step before it
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         if self.deepspeed:
             ds_configs.check(self)
             ds_configs.stand_alone()

@@ -66,7 +66,7 @@ from smolpretrain.eval import report as run_report
 from smolpretrain.eval.parts import generation, judge, provenance
 from smolpretrain.hub import uploads
 from smolpretrain.planning import start
-from smolpretrain.training import held_out, loss, model, record, trainer
+from smolpretrain.training import attention, compiling, held_out, model, record, trainer
 from smolpretrain.training.safety import disk, guards, lock, ranks, resume, spot
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
@@ -193,26 +193,26 @@ def build_model(model_args, data_args, args, config):
     Raises:
         ValueError: The architecture cannot do what is asked, or the weights are not its own.
     """
-    attention, why = model.choose_attention(model_args.attn_implementation, args.device, config)
+    kernel, why = attention.choose(model_args.attn_implementation, args.device, config, args.bf16)
     zero3 = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
     if zero3:
         deepspeed.init_distributed()  # the model is split over DeepSpeed's own group as it is built
     if model_args.init_from:
-        network, origin = model.model_from(model_args.init_from, config, attention), f"from {model_args.init_from}"
+        network, origin = model.model_from(model_args.init_from, config, kernel), f"from {model_args.init_from}"
     else:
-        network, origin = model.random_model(config, args.seed, attention), f"from random weights (seed {args.seed})"
-    say(f"model: {get_model_param_count(network):,} parameters {origin}; {attention}: {why}.")
+        network, origin = model.random_model(config, args.seed, kernel), f"from random weights (seed {args.seed})"
+    say(f"model: {get_model_param_count(network):,} parameters {origin}; {kernel}: {why}.")
     refused = "Liger brings its own" if args.use_liger_kernel else "ZeRO-3 shares the head out" if zero3 else None
     if data_args.intra_document_masking and not zero3:
         model.check_masking(network)
-    say(loss.choose(network, args.loss_chunk_tokens, args.z_loss, refused))
+    say("\n".join(compiling.settle(network, args, data_args, zero3, refused)))
     return network, zero3
 
 
 def make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, prepared_dir):
     """Network, rows, collator and record in one Trainer."""
-    flash = network.config._attn_implementation == "flash_attention_2"
-    collator = PackedCollator(tokenizer.eos_token_id, data_args.intra_document_masking, cu_seq_lens=flash)
+    bounds = attention.takes_bounds(network.config._attn_implementation)
+    collator = PackedCollator(tokenizer.eos_token_id, data_args.intra_document_masking, cu_seq_lens=bounds)
     terms = start.utilization_terms(network.config.to_dict(), data_args.block_size, args.device)
     if RANK == 0:
         record.write_run(args.output_dir, **terms, hardware=provenance.hardware(args.device))
@@ -315,7 +315,7 @@ def story(argv):
         upload = uploads.claim(args, say) if args.push_to_hub and RANK == 0 else None
         share = args.stream_share() if data_args.trains_from_stream else None
         config = load_config(model_args.model_name, model_args.config_overrides)
-        model.choose_attention(model_args.attn_implementation, args.device, config)
+        kernel, _ = attention.choose(model_args.attn_implementation, args.device, config, args.bf16)
         model.check_optimizer(config, args.optim)
         generation.read_prompts(args.sample_prompts)
         if RANK == 0 and model_args.init_from:
@@ -330,7 +330,7 @@ def story(argv):
             sets[0].load_state(checkpoint)
         resolved = resolve(arguments)
         if RANK == 0:
-            planned, plan = start.plan(config.to_dict(), resolved, args.device, args.world_size)
+            planned, plan = start.plan(config.to_dict(), resolved, args.device, args.world_size, kernel)
             say("\n".join(planned))
             record.write_start(args.output_dir, resolved, manifest, git=provenance.code_commit(), plan=plan)
         network, zero3 = build_model(model_args, data_args, args, config)

@@ -18,15 +18,15 @@ class PackedCollator:
     Args:
         eos_token_id: The last token of every document; it stays a target.
         intra_document_masking: Keep attention inside a document. False: plain causal rows, no position_ids.
-        cu_seq_lens: Also emit what flash-attention 2 needs; with rows side by side (B > 1) it does not look at
-            position_ids. sdpa and eager pay it no heed.
+        cu_seq_lens: Also emit what the flash kernels need; with rows side by side (B > 1) they do not look at
+            position_ids. sdpa and eager pay it no heed. Masking off: each row is one document to them.
 
     Returns (called on a list of {"input_ids": [S]}):
         input_ids, labels: int64 [B, S]. labels repeat input_ids (the model shifts them), but are -100 on the first
             token of each document, which nothing before it can foretell (masking off: on the first of the row).
         position_ids: int64 [B, S], 0 at the first token of each document and of each row.
         cu_seq_lens_q, cu_seq_lens_k: int32 [documents + 1], boundaries in the flattened B * S, from 0 to B * S.
-        max_length_q, max_length_k: int, the longest document's tokens.
+        max_length_q, max_length_k: int, S: the longest document's tokens would have a compiled model compiled anew.
 
     Source: transformers 5.23, masking_utils.find_packed_sequence_indices, modeling_flash_attention_utils.
     """
@@ -45,20 +45,24 @@ class PackedCollator:
             labels[:, 0] = IGNORED_LABEL
             padding = (input_ids[:, 1:] == self.eos_token_id) & (input_ids[:, :-1] == self.eos_token_id)
             labels[:, 1:][padding] = IGNORED_LABEL  # best_fit's; no document is empty
-            return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+            batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+            return batch | self._bounds(np.arange(0, input_ids.size, input_ids.shape[1]), input_ids.shape)
         starts = document_starts(input_ids, self.eos_token_id)
         column = np.arange(input_ids.shape[1])
         positions = column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)
         labels = np.where(starts, IGNORED_LABEL, input_ids)
         batch = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
         batch = {name: torch.from_numpy(values) for name, values in batch.items()}
-        if self.cu_seq_lens:
-            bounds = np.append(np.flatnonzero(starts), starts.size)
-            longest = int(np.diff(bounds).max())
-            bounds = torch.from_numpy(bounds.astype(np.int32))
-            batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-            batch |= {"max_length_q": longest, "max_length_k": longest}
-        return batch
+        return batch | self._bounds(np.flatnonzero(starts), starts.shape)
+
+    def _bounds(self, starts, shape):
+        """What the flash kernels take, where they are asked for: starts in the flattened rows, with their end."""
+        if not self.cu_seq_lens:
+            return {}
+        import torch
+
+        bounds, length = torch.from_numpy(np.append(starts, shape[0] * shape[1]).astype(np.int32)), int(shape[1])
+        return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
 
 
 def _leave_signals_to_trainer() -> None:

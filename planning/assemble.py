@@ -68,7 +68,7 @@ def set_up(config, values, deepspeed, ranks, cuda):
     plain = chunk == 0 or stage == 3
     attention = values["attn_implementation"]
     if attention == "auto":
-        attention = "flash_attention_2" if cuda else "sdpa"
+        attention = "varlen" if cuda else "sdpa"  # as training/attention.py, where torch is recent
     return memory.Setup(
         config=config,
         block_size=values["block_size"],

@@ -44,7 +44,7 @@ class Setup:
         bucket: Elements of DeepSpeed's reduction buffer; overlap: whether there are two.
         persistent: ZeRO-3 shares out no tensor of up to so many elements.
         checkpointing: Whether layers are computed again in the backward.
-        attention: sdpa, eager or flash_attention_2.
+        attention: sdpa, eager, or a kernel that takes documents' boundaries and needs no mask.
         packed: Whether attention stays inside a document, which costs sdpa and eager a mask.
         loss: plain, chunked or liger; chunk: tokens of a chunk.
         cuda: A GPU's allocator holds whole buffers; a CPU holds the pages that were written. It also says NCCL or gloo.
@@ -197,7 +197,7 @@ def layer_activations(setup):
         inputs = 5 * element if autocast else 2 * element
         saved, mlp = (norms + inputs) * tokens * hidden + 8 * tokens, 4 * element * tokens * inner
     saved += mlp + 4 * tokens * heads
-    masked = setup.packed and setup.attention != "flash_attention_2"
+    masked = setup.packed and setup.attention in ("sdpa", "eager")
     saved += element * tokens * (4 * wide if masked or setup.attention == "eager" else 2 * wide + 2 * narrow)
     if setup.attention == "eager":
         saved += (4 + element) * heads * squares

@@ -2,7 +2,6 @@
 
 import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 from . import assemble, counting, hardware, report
@@ -28,7 +27,7 @@ def utilization_terms(config, block_size, device):
     }
 
 
-def plan(config, values, device, ranks):
+def plan(config, values, device, ranks, attention):
     """The plan of a run for the machine it is on.
 
     Args:
@@ -36,14 +35,14 @@ def plan(config, values, device, ranks):
         values: The run's arguments by name, JSON values.
         device: The torch.device of this rank.
         ranks: Ranks in all.
+        attention: The implementation that was chosen.
 
     Returns:
         (lines to print, plan for run.json); without a plan, the one line says why.
     """
+    values = values | {"attn_implementation": attention}
     asked, local = values["deepspeed"], int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     deepspeed = json.loads(Path(asked).read_text(encoding="utf-8")) if isinstance(asked, str) else asked
-    if values["attn_implementation"] == "auto" and find_spec("flash_attn") is None:
-        values = values | {"attn_implementation": "sdpa"}
     found = hardware.this_device(device)
     if found.name == "cpu":
         found = found._replace(memory_bytes=found.memory_bytes / local)  # the ranks of a machine share it

@@ -142,7 +142,7 @@ def test_a_token_in_an_argument_is_refused_and_not_repeated(args_json):
         (["block_size=1"], "block_size must be at least 2 (one input, one target), got 1."),
         (["validation_fraction=1"], "validation_fraction must be at least 0 and below 1, got 1."),
         (["packing=best"], "packing = 'best' is not one of concat, best_fit."),
-        (["attn_implementation=flash_attention"], "Did you mean flash_attention_2?"),
+        (["attn_implementation=flash_attention2"], "Did you mean flash_attention_2?"),
         (["dataset_name=a/b", "data_files=c.txt"], "keep one"),
         (["data_files=[]"], "data_files is an empty list"),
         (["learning_rate=0"], "learning_rate must be above 0"),

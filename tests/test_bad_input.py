@@ -208,7 +208,7 @@ ROWS = [
     (
         "B15",
         ["attn_implementation=flash_attention_2"],
-        "= flash_attention_2 cannot be had: flash-attn is not installed",
+        "= flash_attention_2 cannot be had: it needs a CUDA device, this is cpu. Set it to auto.",
     ),
     (
         "B15",

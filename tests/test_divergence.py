@@ -56,7 +56,9 @@ class Fault(TrainerCallback):
             model.lm_head.weight.data[0] = self.by
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seen.append(all(torch.equal(a, b) for a, b in zip(self.before, snapshot(self.trainer), strict=True)))
+        after = snapshot(self.trainer)
+        same = all(torch.equal(a, b) for a, b in zip(self.before, after, strict=False))
+        self.seen.append(same and not any(new.any() for new in after[len(self.before) :]))  # state of a first step
 
 
 class Noting(PretrainTrainer):
@@ -73,7 +75,7 @@ def snapshot(trainer):
     return [t.detach().clone() for t in (*trainer.model.parameters(), *moments)]
 
 
-def train(output_dir, what, at, by=math.nan, resume_from=None, fault_class=Fault, sizes=TINY, **arguments):
+def train(output_dir, what, at, by=math.nan, resume_from=None, fault_class=Fault, sizes=TINY, lag=None, **arguments):
     """A real Trainer on random rows with one fault; returns it, what was told, and the fault."""
     known = {"output_dir": str(output_dir), "deepspeed": None, "optim": "adamw_torch_fused", "bf16": False,
              "per_device_train_batch_size": 2, "save_steps": 2, "max_steps": 10, "eval_strategy": "no",
@@ -88,6 +90,7 @@ def train(output_dir, what, at, by=math.nan, resume_from=None, fault_class=Fault
     )
     told = []
     trainer.divergence.tell = lambda state, sentence, row: told.append((state.global_step, sentence, row))
+    trainer.divergence.lag = lag
     fault = fault_class(trainer, what, at, by)
     trainer.add_callback(fault)
     trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
@@ -112,6 +115,25 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(tmp_pat
     assert math.isnan(losses[3]["loss"]) == (what == "loss")
     assert all(math.isfinite(row["loss"]) for step, row in losses.items() if step > 3)  # Trainer's would stay NaN
     assert [losses[step]["skipped_steps"] for step in (2, 3, 10)] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_bnb_8bit"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_judged_while_the_next_one_runs_changes_nothing_either(tmp_path, what, optim):
+    """As on CUDA, where the host does not wait: told a step late, never applied, and not saved where a save is due."""
+    unlogged = {"lag": 1, "logging_steps": 50, "logging_first_step": False, "optim": optim, "save_total_limit": 9}
+    trainer, told, fault = train(tmp_path, what, {3, 6}, **unlogged)
+    assert fault.seen == [step in (3, 6) for step in range(1, 11)]
+    assert [row[0] - (1 if step == 3 else 0) for row, step in zip(told, (3, 6), strict=True)] == [3, 6]
+    assert [sentence.split(":")[0] for _, sentence, _ in told] == ["Step 3", "Step 6"]
+    assert saved(tmp_path) == [2, 4, 8, 10] and trainer.divergence.skipped == 2  # 6 was due
+
+
+def test_a_run_that_is_judged_late_ends_after_as_many_bad_steps_and_applies_none(tmp_path):
+    unlogged = {"lag": 1, "logging_steps": 50, "logging_first_step": False, "save_steps": 50}
+    trainer, _, fault = train(tmp_path, "gradient", range(4, 99), **unlogged)
+    assert fault.seen == [False] * 3 + [True] * 4 and trainer.state.global_step == 7
+    assert "3 of 6 steps were applied" in trainer.divergence.ended and saved(tmp_path) == []
 
 
 def test_three_in_a_row_end_the_run_before_the_next_save_and_name_the_last_good_checkpoint(tmp_path):

@@ -17,7 +17,7 @@ from smolpretrain.data.collator import PackedCollator
 from smolpretrain.data.tokens.tokenization import train_tokenizer
 from smolpretrain.hub import run_record
 from smolpretrain.space import static
-from smolpretrain.training import held_out, loss, model, record
+from smolpretrain.training import attention, compiling, held_out, loss, model, record
 from smolpretrain.training.trainer import PretrainTrainer
 
 EOS = 0
@@ -114,19 +114,11 @@ def test_vocabulary_and_block_must_fit_the_model():
     assert embeddings.padding_idx is None and embeddings.weight[0].norm() > 0.1  # EOS is learned like any other
 
 
-def test_flash_attention_that_cannot_be_had_is_refused_and_auto_says_which():
-    cpu, llama = torch.device("cpu"), LlamaConfig()
-    with pytest.raises(ValueError, match="attn_implementation = flash_attention_2 cannot be had"):
-        model.choose_attention("flash_attention_2", cpu, llama)
-    assert model.choose_attention("auto", cpu, llama)[0] == "sdpa"
-    assert model.choose_attention("eager", cpu, llama) == ("eager", "as asked")
-
-
 def test_a_model_without_sdpa_gets_eager_and_is_refused_sdpa():
     cpu, config = torch.device("cpu"), BloomConfig()
-    assert model.choose_attention("auto", cpu, config)[0] == "eager"
-    with pytest.raises(ValueError, match="attn_implementation = sdpa: BloomForCausalLM does not have it"):
-        model.choose_attention("sdpa", cpu, config)
+    assert attention.choose("auto", cpu, config)[0] == "eager"
+    with pytest.raises(ValueError, match="attn_implementation = sdpa cannot be had: BloomForCausalLM does not have it"):
+        attention.choose("sdpa", cpu, config)
 
 
 def test_a_model_that_ignores_positions_is_refused_intra_document_masking():
@@ -154,26 +146,27 @@ def test_the_probes_before_training_do_not_run_flash_attention_on_a_cpu(monkeypa
     assert network.config._attn_implementation == "flash_attention_2"
 
 
-def test_auto_takes_flash_attention_where_it_is_installed_and_the_device_allows_it(monkeypatch):
-    monkeypatch.setattr(model, "find_spec", lambda name: object())
-    for capability, expected in (((8, 0), "flash_attention_2"), ((7, 5), "sdpa")):
-        monkeypatch.setattr(model.torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert model.choose_attention("auto", torch.device("cuda"), LlamaConfig())[0] == expected
-
-
 # The loss
+
+
+@pytest.fixture(params=["in place", "as compiled", pytest.param("compiled", marks=pytest.mark.slow)])
+def compiled(request, monkeypatch):
+    """Whether the inside of a chunk is the one that is compiled on CUDA; compiled in earnest in the slow tests."""
+    if request.param == "as compiled":
+        monkeypatch.setattr(loss, "_compiled_chunk", lambda: loss._chunk_out_of_place)
+    return request.param != "in place"
 
 
 @pytest.mark.parametrize("items", [None, 777])
 @pytest.mark.parametrize("chunk", [1, 50, 4096])
-def test_the_loss_in_chunks_and_its_gradients_equal_the_models_own(items, chunk):
+def test_the_loss_in_chunks_and_its_gradients_equal_the_models_own(items, chunk, compiled):
     items = None if items is None else torch.tensor(items)
     batch = PackedCollator(EOS)(rows(3))
     found = []
     for chunk_tokens in (0, chunk):
         network = tiny()
         if chunk_tokens:
-            assert loss.install_chunked_loss(network, chunk_tokens) is None
+            assert loss.install_chunked_loss(network, chunk_tokens, compiled=compiled) is None
         out = network(**batch, num_items_in_batch=items, use_cache=False)
         out.loss.backward()
         found.append((out.loss.item(), torch.cat([p.grad.flatten() for p in network.parameters()])))
@@ -183,13 +176,14 @@ def test_the_loss_in_chunks_and_its_gradients_equal_the_models_own(items, chunk)
 
 
 @pytest.mark.parametrize("chunk", [50, 4096])
-def test_the_z_loss_is_in_the_gradient_and_its_own_row_and_not_in_the_loss(chunk):
+def test_the_z_loss_is_in_the_gradient_and_its_own_row_and_not_in_the_loss(chunk, compiled):
     coefficient, noted = 0.1, []
     hidden, weight = torch.randn(2, 64, 32), torch.randn(512, 32)
     labels = torch.where(torch.rand(2, 64) < 0.2, -100, torch.randint(512, (2, 64)))
     found, expected = ([h.clone().requires_grad_() for h in (hidden, weight)] for _ in range(2))
+    note = lambda name, z: noted.append((name, z.item()))  # noqa: E731
     value = loss.linear_cross_entropy(
-        *found, labels, chunk, 100, z_loss=coefficient, note=lambda name, z: noted.append((name, z.item()))
+        *found, labels, chunk, 100, z_loss=coefficient, note=note, compiled=compiled
     )
     (3 * value).backward()  # as Trainer multiplies by the ranks
     logits = (expected[0] @ expected[1].T)[:, :-1]
@@ -200,6 +194,23 @@ def test_the_z_loss_is_in_the_gradient_and_its_own_row_and_not_in_the_loss(chunk
     assert noted == [("z_loss", pytest.approx(coefficient * squares.item() / 100, rel=1e-5))]
     for mine, own in zip(found, expected, strict=True):
         assert torch.allclose(mine.grad, own.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_chunk_takes_a_fortieth_of_a_gpus_memory_and_what_it_did_elsewhere():
+    assert [loss.default_chunk(49152, gib * 2**30) for gib in (16, 24, 80)] == [2048, 2048, 8192]
+    assert loss.default_chunk(49152) == 682 and loss.default_chunk(10**9, 2**30) == 1
+
+
+def test_under_autocast_the_residual_stream_is_in_its_dtype_and_without_it_in_float32():
+    network, seen = tiny(), []
+    network.model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    for cast in (False, True):
+        if cast:
+            compiling.half_stream(network)
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                network(torch.arange(8)[None], use_cache=False)
+    assert seen == [torch.float32] * 3 + [torch.bfloat16]
 
 
 def test_the_loss_in_chunks_never_builds_the_full_logits():

@@ -1,7 +1,6 @@
 """The model of a config, from random weights or those of a checkpoint, and what it can do here."""
 
 import math
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from smolpretrain.core.architectures import BUILT_IN, SHARED_VOCABULARY, model_class, on_meta
 
+from . import attention
 from .safety import checkpoints
 
 TRAIN = "train"  # tokenizer_name of a tokenizer trained on the data
@@ -48,32 +48,6 @@ def fit_config(config, tokenizer, block_size):
     config.pad_token_id = None if pad in (tokenizer.bos_token_id, tokenizer.eos_token_id) else pad
 
 
-def choose_attention(asked, device, config):
-    """The attention implementation and the reason, in words.
-
-    Raises:
-        ValueError: What is asked for cannot be had, here or with this architecture.
-    """
-    network = model_class(config)
-    supported = {"eager": True, "sdpa": network._supports_sdpa, "flash_attention_2": network._supports_flash_attn}
-    installed = find_spec("flash_attn") is not None
-    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-    if asked != "auto" and not supported[asked]:
-        raise ValueError(f"attn_implementation = {asked}: {network.__name__} does not have it. Set it to auto.")
-    if asked == "flash_attention_2" and not (installed and ampere):
-        missing = f"{device.type} is not a CUDA device of compute capability 8 or more"
-        if not installed:
-            missing = "flash-attn is not installed (pip install --no-build-isolation flash-attn)"
-        raise ValueError(f"attn_implementation = flash_attention_2 cannot be had: {missing}. Set it to auto or sdpa.")
-    if asked != "auto":
-        return asked, "as asked"
-    if installed and ampere and supported["flash_attention_2"]:
-        return "flash_attention_2", "flash-attn is installed and the device allows it"
-    if not supported["sdpa"]:
-        return "eager", f"{network.__name__} has no other"
-    return "sdpa", f"device {device.type}" if installed else f"flash-attn is not installed, device {device.type}"
-
-
 def check_optimizer(config, optim):
     """Refuse Muon where weights are stacked, as a mixture's experts are: torch's takes single matrices.
 
@@ -99,17 +73,14 @@ def check_masking(network):
     """
     ids, positions = torch.arange(1, 9).unsqueeze(0), torch.arange(8).unsqueeze(0) % 4
     other = torch.where(torch.arange(8) < 4, ids + 9, ids)
-    was_training, attention = network.training, network.config._attn_implementation
-    if attention.startswith("flash"):
-        network.config._attn_implementation = "eager"  # its kernels do not run on a CPU; the collator marks for them
+    was_training = network.training
     try:
-        with torch.no_grad():
+        with torch.no_grad(), attention.portable(network):
             logits = [network.eval()(input_ids=i, position_ids=positions, use_cache=False).logits for i in (ids, other)]
     except RuntimeError as error:
         raise ValueError(
             f"model_name: its {type(network).__name__} cannot compute: {error}. Mend its config."
         ) from None
-    network.config._attn_implementation = attention
     network.train(was_training)
     if not torch.allclose(logits[0][:, 4:], logits[1][:, 4:], atol=1e-4):
         raise ValueError(

@@ -16,6 +16,8 @@ from transformers import TrainerCallback
 
 from smolpretrain.core.files import read_json, read_rows, write_json, write_text
 
+from . import attention, compiling
+
 SAMPLE_TOKENS, PROMPTS_IN_LOG = 48, 3
 _RECORDED = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets", "tokenizers")
 _LOGGED = ("skipped_steps", "bad_steps", "z_loss", "aux_loss", "expert_load_max", "expert_load_entropy")
@@ -220,7 +222,7 @@ class Record(TrainerCallback):
         model.eval()
         for prompt in self.prompts:
             inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-            with torch.no_grad():
+            with torch.no_grad(), attention.portable(model), compiling.eager():
                 ids = model.generate(
                     **inputs,
                     max_new_tokens=SAMPLE_TOKENS,

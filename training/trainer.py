@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from . import compression, optimizers, schedule
+from . import compiling, compression, optimizers, schedule
 from .experts import Experts
 from .safety import checkpoints, disk, ranks
 from .safety.divergence import Divergence
@@ -41,6 +41,7 @@ class PretrainTrainer(Trainer):
         known = self.args
         self.divergence = Divergence(known.on_spike, known.max_bad_steps, known.process_index, known.world_size)
         self.add_callback(self.divergence)
+        self.compiles = known.torch_compile or any(m._compiled_call_impl is not None for m in self.model.modules())
         self.terms, self.experts = getattr(self.model, "terms", None) or Terms(), Experts.of(self.model)
 
     def _build_accelerator_args(self, **kwargs):
@@ -51,6 +52,8 @@ class PretrainTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Trainer's, seen by the guard against divergence before the backward."""
+        if self.compiles:
+            compiling.mark_lengths(inputs)
         given = inputs | {"output_router_logits": True} if self.experts else inputs
         loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
         if self.experts:  # the loss is a share of the step's, times the ranks whose gradients are averaged
@@ -65,7 +68,7 @@ class PretrainTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not self.is_deepspeed_enabled:  # DeepSpeed has stepped already, or has not for the same reason
-            self.divergence.drop(model, grad_norm)
+            self.divergence.drop(model, grad_norm, self.optimizer.optimizer)
         return grad_norm
 
     def log(self, logs, start_time=None):
@@ -124,7 +127,7 @@ class PretrainTrainer(Trainer):
         model.eval()
         self._average_weights()
         self.control.should_evaluate = True
-        with torch.no_grad():
+        with torch.no_grad(), compiling.eager():
             for start in range(0, len(mine), args.per_device_eval_batch_size):
                 rows = mine[start : start + args.per_device_eval_batch_size]
                 batch = self.data_collator([dataset[row % len(dataset)] for row in rows])
