@@ -125,8 +125,8 @@ def test_a_model_that_ignores_positions_is_refused_intra_document_masking():
     config = BloomConfig(vocab_size=512, hidden_size=64, n_layer=2, n_head=4)
     with pytest.raises(ValueError, match="BloomForCausalLM lets attention run across documents"):
         model.check_masking(model.random_model(config, 0, "eager"))
-    for attention in ("eager", "sdpa"):
-        model.check_masking(tiny(attention=attention))
+    for name in ("eager", "sdpa"):
+        model.check_masking(tiny(attention=name))
 
 
 def test_the_probes_before_training_do_not_run_flash_attention_on_a_cpu(monkeypatch):
@@ -182,9 +182,7 @@ def test_the_z_loss_is_in_the_gradient_and_its_own_row_and_not_in_the_loss(chunk
     labels = torch.where(torch.rand(2, 64) < 0.2, -100, torch.randint(512, (2, 64)))
     found, expected = ([h.clone().requires_grad_() for h in (hidden, weight)] for _ in range(2))
     note = lambda name, z: noted.append((name, z.item()))  # noqa: E731
-    value = loss.linear_cross_entropy(
-        *found, labels, chunk, 100, z_loss=coefficient, note=note, compiled=compiled
-    )
+    value = loss.linear_cross_entropy(*found, labels, chunk, 100, z_loss=coefficient, note=note, compiled=compiled)
     (3 * value).backward()  # as Trainer multiplies by the ranks
     logits = (expected[0] @ expected[1].T)[:, :-1]
     cross_entropy = ForCausalLMLoss(expected[0] @ expected[1].T, labels, 512, num_items_in_batch=100)

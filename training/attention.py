@@ -22,6 +22,7 @@ FLASH = {  # compute capabilities, whether transformers finds it, and what would
     "flash_attention_2": (range(8, 99), utils.is_flash_attn_2_available, "pip install --no-build-isolation flash-attn"),
 }
 APART = 32.0  # a code's entries: documents that differ in one bit lose 2 x 32^2 of q k, 256 at heads of 64
+CODE_MULTIPLE, PAD_VALUE = 8, False  # what query and key grow by, and whether value grows with them
 CUDNN_SPOILS = 64  # S % 128 at which cuDNN's masked backward gives NaN on Hopper (pytorch#196678)
 
 
@@ -41,7 +42,11 @@ def _kernel():
     except ImportError:
         return None
     known = inspect.signature(varlen_attn).parameters
-    return partial(varlen_attn, **{"enable_gqa": True} if "enable_gqa" in known else {}) if "window_size" in known else None
+    return (
+        partial(varlen_attn, **{"enable_gqa": True} if "enable_gqa" in known else {})
+        if "window_size" in known
+        else None
+    )
 
 
 def varlen(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
@@ -74,11 +79,12 @@ def varlen(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_
 def document_codes(position_ids, dtype):
     """Codes whose product is 0 inside a document and at most -2 APART^2 between two: ([B, 1, S, C], [B, 1, S, C]).
 
-    A document's number in the row in bits of +-1, and one entry that takes their count off again; C is a multiple of 8.
+    A document's number in the row in bits of +-1, and one entry that takes their count off again; C is a multiple of
+    CODE_MULTIPLE.
     """
     number = (position_ids == 0).cumsum(1)
     bits = position_ids.shape[1].bit_length()
-    entry = torch.arange(-(-(bits + 1) // 8) * 8, device=position_ids.device)
+    entry = torch.arange(-(-(bits + 1) // CODE_MULTIPLE) * CODE_MULTIPLE, device=position_ids.device)
     code = (((number[:, None, :, None] >> entry.clamp(max=bits)) & 1) * 2 - 1) * APART
     query = torch.where(entry < bits, code, torch.where(entry == bits, APART, 0.0))
     key = torch.where(entry < bits, code, torch.where(entry == bits, -bits * APART, 0.0))
@@ -98,7 +104,7 @@ def sdpa_documents(module, query, key, value, attention_mask, scaling=None, posi
     Raises:
         ValueError: No positions, or a cache.
     """
-    batch, heads, length, size = query.shape
+    batch, _, length, size = query.shape
     if position_ids is None or key.shape[2] != length:
         raise ValueError("attn_implementation = sdpa_documents needs position_ids of whole rows, and no cache.")
     codes = document_codes(position_ids.expand(batch, -1), value.dtype)
@@ -106,10 +112,12 @@ def sdpa_documents(module, query, key, value, attention_mask, scaling=None, posi
         torch.cat((x.to(value.dtype), code.expand(-1, x.shape[1], -1, -1)), dim=-1)
         for x, code in zip((query, key), codes, strict=True)
     )
+    if PAD_VALUE:
+        value = torch.nn.functional.pad(value, (0, query.shape[-1] - size))
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=size**-0.5 if scaling is None else scaling, enable_gqa=True
     )
-    return out.transpose(1, 2), None
+    return out[..., :size].transpose(1, 2), None
 
 
 AttentionInterface.register("varlen", varlen)

@@ -113,7 +113,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden, weight, labels, chunk_tokens, num_items_in_batch=None, shift_labels=None, z_loss=0.0, note=None, compiled=False
+    hidden,
+    weight,
+    labels,
+    chunk_tokens,
+    num_items_in_batch=None,
+    shift_labels=None,
+    z_loss=0.0,
+    note=None,
+    compiled=False,
 ):
     """Next-token cross-entropy from the last hidden states.
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, set_seed
 
-from smolpretrain.core.architectures import BUILT_IN, SHARED_VOCABULARY, model_class, on_meta
+from smolpretrain.core.architectures import BUILT_IN, SHARED_VOCABULARY, on_meta
 
 from . import attention
 from .safety import checkpoints
