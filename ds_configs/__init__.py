@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
@@ -70,6 +71,33 @@ def _someone_works_in(directory):
     return False
 
 
+def _check_build(args):
+    """On a CPU DeepSpeed builds an extension: with a compiler, Python's headers, and a directory to write to."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    said = f"deepspeed = {args.deepspeed} builds a small extension on a CPU"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    missing = (
+        "a C++ compiler (g++)"
+        if not shutil.which(os.environ.get("CXX", "c++"))
+        else ("" if header.is_file() else f"Python's headers ({header})")
+    )
+    if missing:
+        raise ValueError(
+            f"{said}, and {missing} is missing: install it "
+            "(Debian: apt-get install g++ python3-dev), or train without DeepSpeed: deepspeed=null."
+        )
+    try:
+        directory = Path(_get_build_directory(EXTENSION, verbose=False))
+        with tempfile.TemporaryFile(dir=directory):  # built or not, torch's lock is a file there
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{said}, and {error.filename or directory} cannot be written ({error.strerror}): set "
+            "TORCH_EXTENSIONS_DIR to a directory that can, or train without DeepSpeed: deepspeed=null."
+        ) from None
+
+
 def check(args, world=None):
     """Refuse what DeepSpeed or accelerate would silently replace (facts: 0.19.8, accelerate 1.15).
 
@@ -91,17 +119,7 @@ def check(args, world=None):
             f"deepspeed = {args.deepspeed}: fp16 is not supported; take it out and set bf16=true or false."
         )
     if args.use_cpu:
-        header = Path(sysconfig.get_paths()["include"], "Python.h")
-        missing = (
-            "a C++ compiler (g++)"
-            if not shutil.which(os.environ.get("CXX", "c++"))
-            else ("" if header.is_file() else f"Python's headers ({header})")
-        )
-        if missing:
-            raise ValueError(
-                f"deepspeed = {args.deepspeed} builds a small extension on a CPU, and {missing} is missing: install it "
-                "(Debian: apt-get install g++ python3-dev), or train without DeepSpeed: deepspeed=null."
-            )
+        _check_build(args)
     for block, knob in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
         if block in config:
             raise ValueError(

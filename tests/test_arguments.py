@@ -174,6 +174,20 @@ def test_an_8_bit_optimizer_without_bitsandbytes_is_refused(monkeypatch):
     parse("optim=adamw_torch", PLAIN)
 
 
+@pytest.mark.parametrize("home", ["/proc/nobody", "a file"])
+def test_a_home_that_cannot_be_written_is_said_before_anything_is_prepared(home, monkeypatch, tmp_path):
+    (tmp_path / "a file").touch()
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+    monkeypatch.setattr(arguments.torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"builds a small extension on a CPU, and .* cannot be written \(.*\): set "):
+        parse("deepspeed=ds_configs/zero2.json")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    parse("deepspeed=ds_configs/zero2.json")
+    parse(PLAIN)
+
+
 def test_without_a_compiler_deepspeed_on_a_cpu_says_so(monkeypatch):
     monkeypatch.setattr(arguments.torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(ds_configs.shutil, "which", lambda name: None)
