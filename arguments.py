@@ -101,8 +101,8 @@ class DataArguments(CorpusArguments):
     @property
     def streamed(self):
         """How a stream becomes rows: arguments of `stream.open_stream`."""
-        names = ("block_size", "packing", "validation_fraction")
-        return {name: getattr(self, name) for name in names} | {"cleaning": self.preparing["cleaning"]}
+        names = ("block_size", "packing", "validation_fraction", "cleaning", "validation", "reading_validation")
+        return {name: value for name, value in (vars(self) | self.preparing).items() if name in names}
 
     @property
     def first_of_stream(self):

@@ -142,6 +142,9 @@ def prepare_data(model_args, data_args, args, config):
         tokenizer = tokenization.load_tokenizer(wanted)
     model.fit_config(config, tokenizer, data_args.block_size)
     as_it_is = data_args.prepared_dir and not data_args.named and Manifest.stands_in(prepared_dir)
+    fraction = {}
+    if as_it_is and not data_args.fraction_given:
+        fraction = {"validation_fraction": Manifest.load(prepared_dir).validation_fraction}
     manifest = preparation.prepare(
         corpus.read_documents(**data_args.reading),
         tokenizer,
@@ -149,10 +152,12 @@ def prepare_data(model_args, data_args, args, config):
         prepared_dir,
         source=None if as_it_is else corpus.describe_source(**data_args.source),
         progress=not args.disable_tqdm,
-        **data_args.preparing | data_args.first_of_stream,
+        **data_args.preparing | data_args.first_of_stream | fraction,
     )
     tokenizer.save_pretrained(args.output_dir)
     say(f"data: {manifest.summary}{', found in' if manifest.reused else ', written to'} {prepared_dir}.")
+    if there_too := manifest.filtered.get("held_out"):
+        say(f"data: {there_too:,} documents stand in the held-out text too: they were left out of training.")
     ranks.wait_for_first(args.world_size, done=True)
     return tokenizer, prepared_dir
 
@@ -178,12 +183,13 @@ def load_sets(data_args, args, tokenizer, prepared_dir, share):
     together = args.per_device_train_batch_size * args.world_size  # what ranks take at once
     if left_out := len(train) % together if args.dataloader_drop_last else 0:
         say(f"data: each epoch leaves out {left_out} of its {len(train):,} rows, others each time: they fill no batch.")
-    held_out = prepared.load_blocks(prepared_dir, "validation") if data_args.validation_fraction else []
-    if not len(held_out):
+    held_out = {}
+    for name, split in Manifest.load(prepared_dir).held_out.items():
+        if rows := len(blocks := prepared.load_blocks(prepared_dir, split)):
+            held_out[name] = blocks.select(range(0, rows, -(-rows // args.max_eval_samples)))
+    if not held_out:
         args.eval_strategy = IntervalStrategy.NO
         say("no held-out row: held-out loss is not measured during training (see validation_fraction, block_size).")
-    elif len(held_out) > args.max_eval_samples:
-        held_out = held_out.select(range(0, len(held_out), -(-len(held_out) // args.max_eval_samples)))
     return train, held_out
 
 
@@ -230,15 +236,16 @@ def make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, p
         model=network,
         args=args,
         train_dataset=sets[0],
-        eval_dataset=sets[1],
+        eval_dataset=sets[1].get("", sets[1]),
         processing_class=tokenizer,
         data_collator=collator,
         callbacks=[log],
     )
     made.divergence.tell, made.measure = log.tell_bad_step, log.measure
-    if len(sets[1]):
-        texts = islice(prepared.load_validation_documents(prepared_dir), 64)
-        made.bytes_per_token = held_out.bytes_per_token(tokenizer, list(texts))
+    texts = []
+    for split in Manifest.load(prepared_dir).held_out.values() if sets[1] else ():
+        texts += islice(prepared.load_validation_documents(prepared_dir, split), 64)
+    made.bytes_per_token = held_out.bytes_per_token(tokenizer, texts)
     made.remove_callback(ProgressCallback)
     made.remove_callback(PrinterCallback)
     return made, log
@@ -250,8 +257,10 @@ def score_held_out(args, tokenizer, prepared_dir, window):
     The window is a training row: positions past it were never trained.
     """
     unset_hf_deepspeed_config()  # or ZeRO-3 would split these models too
-    documents = Manifest.load(prepared_dir).splits["validation"]["documents"]
-    spaced = islice(prepared.load_validation_documents(prepared_dir), 0, None, -(-documents // args.max_eval_documents))
+    manifest, spaced = Manifest.load(prepared_dir), {}
+    for name, split in manifest.held_out.items():
+        every = -(-manifest.splits[split]["documents"] // args.max_eval_documents)
+        spaced[name] = list(islice(prepared.load_validation_documents(prepared_dir, split), 0, None, every))
     dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     config = AutoConfig.from_pretrained(args.output_dir)
     models = {
@@ -259,7 +268,7 @@ def score_held_out(args, tokenizer, prepared_dir, window):
         "random": lambda: model.random_model(config, args.seed, None).to(args.device, dtype),
     }
     counts = prepared.load_unigram_counts(prepared_dir)
-    return judge.judge(models, counts, tokenizer, list(spaced), window, not args.disable_tqdm)
+    return judge.judge(models, counts, tokenizer, spaced, window, not args.disable_tqdm)
 
 
 def train(made, args, checkpoint):
@@ -356,7 +365,7 @@ def story(argv):
     del made
     gc.collect()
     results = None
-    if data_args.validation_fraction:
+    if manifest.held_out:
         results = score_held_out(args, tokenizer, prepared_dir, data_args.block_size)
     if RANK == 0:
         sentences = record.write_result(args.output_dir, log, results, result)

@@ -94,8 +94,8 @@ def collect(argv):
             raise ValueError(f"command line: {word}: arguments are words, not flags: {remedy}.")
         if equals:
             try:
-                value = json.loads(text)
-            except ValueError:
+                value = json.loads(text, object_pairs_hook=lambda pairs: unique(pairs, "command line"))
+            except json.JSONDecodeError:
                 value = text
             given[key] = Given(value, "command line", text)
         elif file is not None:
@@ -122,16 +122,8 @@ def refuse_secret(origin, key, text):
 def read_json(path):
     """The object in a JSON file; duplicate keys, comments and other shapes are refused by line."""
 
-    def unique(pairs):
-        seen = {}
-        for key, value in pairs:
-            if key in seen:
-                raise ValueError(f"{path}: {key} is given twice, as {seen[key]!r} and as {value!r}. Keep one.")
-            seen[key] = value
-        return seen
-
     try:
-        loaded = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+        loaded = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=lambda held: unique(held, path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON at line {error.lineno}: {error.msg} (JSON has no comments).") from None
     except UnicodeDecodeError as error:
@@ -141,6 +133,16 @@ def read_json(path):
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: must hold one JSON object, holds a {type(loaded).__name__}.")
     return loaded
+
+
+def unique(pairs, origin):
+    """The object of these pairs; ValueError where a key stands twice."""
+    seen = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"{origin}: {key} is given twice, as {seen[key]!r} and as {value!r}. Keep one.")
+        seen[key] = value
+    return seen
 
 
 def coerce(name, hint, source):

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from .pack.packing import PACKINGS
 from .read.corpus import SOURCE
 from .read.documents import BAD_ROWS
+from .read.validation import name_sets
 from .tokens import BACKENDS
+
+VALIDATION_FRACTION = 0.005
 
 
 @dataclass
@@ -61,9 +64,24 @@ class CorpusArguments:
             '[{"LanguageFilter": {"languages": ["en"]}}]. Needs the extra `datatrove`.'
         },
     )
-    validation_fraction: float = field(
-        default=0.005,
-        metadata={"help": "Share of the documents held out, chosen by a hash of their text. 0 holds out none."},
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": f"Share of the documents held out, chosen by a hash of their text. 0 holds out none. Default: "
+            f"{VALIDATION_FRACTION}, or 0 with held-out text of one's own."
+        },
+    )
+    validation_files: list[str] | dict[str, str | list[str] | dict[str, typing.Any]] | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out text of one's own, instead of a fraction: files as data_files, or several sets by name, "
+            '{"wiki": "wiki/*.jsonl", "code": ["a.parquet"]}, each measured alone; an object with the keys of a '
+            "source where a set is read otherwise. Documents that stand there too are left out of training."
+        },
+    )
+    validation_split: str | dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "A split of dataset_name that is held out, or several by name; as validation_files."},
     )
     block_size: int = field(default=2048, metadata={"help": "Tokens per packed row. SmolLM2 was pre-trained at 2048."})
     packing: str = field(
@@ -85,6 +103,16 @@ class CorpusArguments:
     def __post_init__(self):
         if self.block_size < 2:
             raise ValueError(f"block_size must be at least 2 (one input, one target), got {self.block_size}.")
+        sets = name_sets(self.validation_files, self.validation_split, self.source)
+        if sets and self.validation_fraction:
+            key = "validation_split" if self.validation_files is None else "validation_files"
+            raise ValueError(
+                f"validation_fraction = {self.validation_fraction} and {key} = {getattr(self, key)} are both given: "
+                "keep one (validation_fraction=null takes it back)."
+            )
+        self.fraction_given = self.validation_fraction is not None
+        if self.validation_fraction is None:
+            self.validation_fraction = 0.0 if sets else VALIDATION_FRACTION
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be at least 0 and below 1, got {self.validation_fraction}.")
         one_of("packing", self.packing, PACKINGS)
@@ -121,6 +149,11 @@ class CorpusArguments:
         return {name: getattr(self, name) for name in (*SOURCE, "mixture", "mixture_seed")}
 
     @property
+    def validation(self) -> dict[str, dict]:
+        """Held-out text of one's own; see `validation.name_sets`."""
+        return name_sets(self.validation_files, self.validation_split, self.source)
+
+    @property
     def reading(self) -> dict:
         """Which text and how it is read: the arguments of `corpus.read_documents`."""
         return self.source | {"streaming": self.streaming, "bad_rows": self.bad_rows}
@@ -131,7 +164,9 @@ class CorpusArguments:
         cleaning = ("min_characters", "max_characters", "deduplicate", "decontaminate", "filters")
         names = ("validation_fraction", "packing", "tokenizer_backend", "max_documents", "max_tokens", "num_proc")
         return {name: getattr(self, name) for name in names} | {
-            "cleaning": {name: getattr(self, name) for name in cleaning}
+            "cleaning": {name: getattr(self, name) for name in cleaning},
+            "validation": self.validation,
+            "reading_validation": {"streaming": self.streaming, "bad_rows": self.bad_rows},
         }
 
 

@@ -50,6 +50,12 @@ def _summary(manifest: Manifest, name: str) -> str:
     )
 
 
+def _held_out(manifest: Manifest) -> str:
+    if "validation" in manifest.options:
+        return "Held out is text of its own; training documents that stand there too were left out."
+    return f"A document's hash decides whether it is held out (validation_fraction {manifest.validation_fraction})."
+
+
 def _splits(manifest: Manifest) -> str:
     names = ("documents", "tokens", "bytes", "blocks", "fill", "documents_cut")
     lines = ["## What is in it", "", "| split | documents | tokens | bytes | rows | fill | documents cut |"]
@@ -58,8 +64,8 @@ def _splits(manifest: Manifest) -> str:
         lines.append(f"| {split} | " + " | ".join(f"{entry[name]:,}" for name in names) + " |")
     lines += [
         "",
-        f"A document's hash decides whether it is held out (validation_fraction {manifest.validation_fraction}). The "
-        "held-out texts are in `validation_documents-*.jsonl`; `unigram_counts.npy` counts each id of the training "
+        f"{_held_out(manifest)} The held-out texts are in `validation_documents*.jsonl`; "
+        "`unigram_counts.npy` counts each id of the training "
         "documents. Bytes are those of the text in UTF-8.",
     ]
     return "\n".join(lines)
@@ -95,7 +101,8 @@ def _tokens(manifest: Manifest) -> str:
 def _use(manifest: Manifest, name: str) -> str:
     here = f"prepared/{name.split('/')[-1]}"
     words = f"prepared_dir={here} block_size={manifest.block_size} packing={manifest.packing}"
-    words += f" validation_fraction={manifest.validation_fraction}"
+    if "validation" not in manifest.options:
+        words += f" validation_fraction={manifest.validation_fraction}"
     if any(path.startswith("tokenizer/") for path in manifest.files):
         words += f" tokenizer_name={here}/tokenizer"
     return f"""## How to use it

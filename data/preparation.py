@@ -17,12 +17,15 @@ from .pack.packing import check_packing, make_packer
 from .pack.partial import TOKENIZERS_ONLY, in_use, open_partial, prepared_already
 from .pack.preparation_log import PreparationLog
 from .pack.progress import Progress
+from .pack.shards import TRAIN
 from .pack.workers import Work, write_parts
 from .read.cleaning import Cleaner, Cleaning
+from .read.corpus import describe_source
 from .read.documents import Documents, MixedDocuments
 from .read.readers import Rows
+from .read.validation import open_sets, read_over
 from .tokens.encoding import check_backend
-from .tokens.tokenization import tokenizer_hash, vocabulary_size
+from .tokens.tokenization import document_encoder, tokenizer_hash, vocabulary_size
 
 LIBRARIES = ("datasets", "numpy", "pyarrow", "tokenizers", "transformers")
 
@@ -45,6 +48,8 @@ def prepare(
     num_shards: int = 1,
     save_tokenizer: bool = False,
     only_merge: bool = False,
+    validation: dict[str, dict] | None = None,
+    reading_validation: dict | None = None,
     say: Callable[[str], None] = print,
 ) -> Manifest | None:
     """Write the set, or find it already there. A preparation that was killed goes on from its last finished shard.
@@ -64,6 +69,9 @@ def prepare(
             more than one, the set is joined by `prepare.py --merge` afterwards.
         save_tokenizer: Keep the tokenizer in the set, in tokenizer/.
         only_merge: Write no part: join those that are there, once all are.
+        validation: Held-out text of the user's own; see `validation.name_sets`. It is taken whole and as it is: limits
+            and cleaning are the training text's, from which the documents that stand here too are left out.
+        reading_validation: How it is read: streaming, bad_rows; see `validation.open_sets`.
 
     Returns:
         The manifest; None where other machines' parts are not to be waited for.
@@ -82,6 +90,8 @@ def prepare(
             "max_documents, max_tokens, deduplicate and mixture look at one stream of documents: set num_shards to 1."
         )
     options = {name: value for name, value in asdict(limits).items() if value is not None} | cleaning.describe()
+    if validation:
+        options["validation"] = {name: describe_source(**source) for name, source in validation.items()}
     manifest = plan(tokenizer, block_size, source, validation_fraction, packing, options)
     check_backend(tokenizer_backend)
     target = Path(os.path.realpath(prepared_dir))
@@ -94,7 +104,15 @@ def prepare(
     if cleaning.by_text:
         Cleaner(cleaning)  # its checks, before a directory is made
     parts = [documents] if one_part else documents.parts()
-    work = Work(open_partial(target, manifest), parts, tokenizer, manifest, tokenizer_backend, limits, cleaning)
+    splits, held_out = [TRAIN] * len(parts), None
+    if validation:
+        sets = open_sets(validation, **reading_validation or {})
+        held_out = read_over(sets, document_encoder(tokenizer), block_size if packing == "concat" else None)
+        for split, one in zip(manifest.split_names[1:], sets.values(), strict=True):
+            more = one.parts()
+            parts, splits = [*parts, *more], [*splits, *[split] * len(more)]
+    directory = open_partial(target, manifest)
+    work = Work(directory, parts, tokenizer, manifest, tokenizer_backend, limits, cleaning, splits, held_out)
     log = PreparationLog(target)
     with in_use(work.directory), log.failure():
         if not only_merge:

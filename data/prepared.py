@@ -31,10 +31,10 @@ def load_blocks(prepared_dir: str | os.PathLike, split: str):
     return concatenate_datasets(parts).with_format("numpy")
 
 
-def load_validation_documents(prepared_dir: str | os.PathLike) -> Iterator[str]:
-    """Yield the held-out documents' text, in the order of the corpus. Raises ValueError as `load_blocks`."""
+def load_validation_documents(prepared_dir: str | os.PathLike, split: str = "validation") -> Iterator[str]:
+    """Yield a held-out split's texts, in the order of the corpus. Raises ValueError as `load_blocks`."""
     manifest = verify(prepared_dir)
-    for name in manifest.validation_documents:
+    for name in manifest.documents_of(split):
         with open(Path(prepared_dir, name), encoding="utf-8", newline="\n") as file:
             for line in file:
                 yield json.loads(line)["text"]

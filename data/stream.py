@@ -15,7 +15,9 @@ from .pack.packing import BestFitPacker, make_packer
 from .read.cleaning import Cleaning
 from .read.corpus import is_validation
 from .read.documents import Documents, MixedDocuments
+from .read.validation import open_sets, read_over
 from .tokens.encoding import Encoder
+from .tokens.tokenization import document_encoder
 
 READ_AHEAD = 2  # chunks that a thread has ready
 STATE_FILE = "stream_dp_rank_{}_state.json"
@@ -147,7 +149,13 @@ class PackedStream:
 
 
 def open_stream(
-    documents: Documents | MixedDocuments, tokenizer, block_size: int, cleaning: dict | None = None, **more
+    documents: Documents | MixedDocuments,
+    tokenizer,
+    block_size: int,
+    cleaning: dict | None = None,
+    validation: dict[str, dict] | None = None,
+    reading_validation: dict | None = None,
+    **more,
 ) -> PackedStream:
     """Open the rows of a rank; arguments as in `PackedStream` and `prepare.prepare`.
 
@@ -162,8 +170,14 @@ def open_stream(
             "deduplicate = true needs a prepared set: set streaming=false, or prepare it with data/prepare.py."
         )
 
+    held_out = (
+        read_over(open_sets(validation, **reading_validation or {}), document_encoder(tokenizer), None)
+        if validation
+        else None
+    )
+
     def open_one(share: Documents | MixedDocuments, state: dict | None):
-        return open_source(share, encode, cleaning, None, state)
+        return open_source(share, encode, cleaning, None, state, held_out)
 
     return PackedStream(documents, open_one, block_size=block_size, eos_token_id=tokenizer.eos_token_id, **more)
 

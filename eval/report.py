@@ -45,14 +45,18 @@ def figures(run, trained, held_out):
         if value is not None:
             rows.append({"figure": figure, "value": value, "file": file, "commit": commit} | more)
 
-    scored = result.get("held_out", {})
-    settings = {name: scored[name] for name in ("window", "stride", "prefix") if name in scored}
-    n = scored.get("documents")
-    ends = {end: scored.get(f"bits_per_byte_{end}") for end in ("low", "high")}
-    add("held-out bits per byte", result.get("bits_per_byte"), "run.json", n=n, settings=settings, **ends)
-    for name, key in (("random weights", "random_bits_per_byte"), ("unigram model", "unigram_bits_per_byte")):
-        add(f"held-out bits per byte, {name}", result.get(key), "run.json", n=n, settings=settings)
-    add("held-out token perplexity", scored.get("token_perplexity"), "run.json", n=n, settings=settings)
+    for of, judged in {
+        "": result,
+        **{f" ({name})": one for name, one in result.get("held_out_sets", {}).items()},
+    }.items():
+        scored = judged.get("held_out", {})
+        more = {"n": scored.get("documents")}
+        more["settings"] = {name: scored[name] for name in ("window", "stride", "prefix") if name in scored}
+        ends = {end: scored.get(f"bits_per_byte_{end}") for end in ("low", "high")}
+        add(f"held-out bits per byte{of}", judged.get("bits_per_byte"), "run.json", **more, **ends)
+        for name, key in (("random weights", "random_bits_per_byte"), ("unigram model", "unigram_bits_per_byte")):
+            add(f"held-out bits per byte{of}, {name}", judged.get(key), "run.json", **more)
+        add(f"held-out token perplexity{of}", scored.get("token_perplexity"), "run.json", **more)
     add("parameters", run.get("parameters"), "run.json")
     add("tokens seen", result.get("tokens_seen"), "run.json")
     add("tokens a second, whole run", result.get("tokens_per_second"), "run.json")
@@ -62,12 +66,9 @@ def figures(run, trained, held_out):
         last = held_out[-1]
         step = {"step": last["step"], "tokens": last["eval_tokens"], "rows": "packed, as in training"}
         add("held-out loss during training, last", last["eval_loss"], "metrics.jsonl", settings=step)
-        add(
-            "held-out bits per byte during training, last",
-            last.get("eval_bits_per_byte"),
-            "metrics.jsonl",
-            settings=step,
-        )
+        for name in ["", *held_out_sets(held_out)]:
+            value, of = last.get(f"eval_{name}_bits_per_byte".replace("__", "_")), f" ({name})" if name else ""
+            add(f"held-out bits per byte{of} during training, last", value, "metrics.jsonl", settings=step)
     utilization = {key: run[key] for key in ("flops_per_token", "peak_flops", "device") if run.get(key) is not None}
     for name, key, of in (
         ("tokens a second, median of logged steps", "tokens_per_second", statistics.median),
@@ -81,6 +82,12 @@ def figures(run, trained, held_out):
             settings = utilization if key == "mfu" else {}
             add(name, of(values), "metrics.jsonl", n=len(values), settings=settings)
     return rows
+
+
+def held_out_sets(rows):
+    """Names of the held-out sets in rows of metrics.jsonl; none where there is one without a name."""
+    keys = dict.fromkeys(key for row in rows for key in row if key != "eval_loss" and key.endswith("_loss"))
+    return [key.removeprefix("eval_").removesuffix("_loss") for key in keys if key.startswith("eval_")]
 
 
 def curves(directory, trained, held_out):
@@ -97,8 +104,11 @@ def curves(directory, trained, held_out):
     bits = [row for row in held_out if row.get("eval_bits_per_byte") is not None]
     if bits:
         tokens, values = plots.series(bits, "eval_bits_per_byte")
-        plots.plot_lines(directory / "bits_per_byte.png", [("held-out bits per byte", {"": (tokens, values)})])
-        add("bits_per_byte", f"Held-out bits per byte against tokens seen, {values[0]:.3f} to {values[-1]:.3f}.")
+        sets = {name: plots.series(bits, f"eval_{name}_bits_per_byte") for name in held_out_sets(bits)}
+        lines = {"all" if sets else "": (tokens, values)} | sets
+        plots.plot_lines(directory / "bits_per_byte.png", [("held-out bits per byte", lines)])
+        ends = "".join(f"; {name} {each[0]:.3f} to {each[-1]:.3f}" for name, (_, each) in sets.items() if each)
+        add("bits_per_byte", f"Held-out bits per byte against tokens seen, {values[0]:.3f} to {values[-1]:.3f}{ends}.")
     tokens, norms = plots.series(trained, "grad_norm")
     if norms:
         plots.plot_lines(

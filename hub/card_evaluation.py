@@ -18,6 +18,11 @@ def held_out(run):
         *([f"{label} ({name})", _interval(scored, key), "", ""]
           for label, key in (("token perplexity", "token_perplexity"), ("word perplexity", "word_perplexity"))),
     ]  # fmt: skip
+    for of, one in (run.result.get("held_out_sets") or {}).items():
+        own = one.get("held_out") or {}
+        rows.append([f"bits per byte, {code(of)}, {number(own.get('documents'))} documents",
+                     _interval(own, "bits_per_byte"), number(one.get("random_bits_per_byte")),
+                     number(one.get("unigram_bits_per_byte"))])  # fmt: skip
     return [row for row in rows if row[1]]
 
 

@@ -121,8 +121,7 @@ def data(run):
     packing = {"concat": "documents end to end, cut into rows", "best_fit": "documents up to a row are never cut"}
     how = arguments.get("packing")
     parts.append(f"Packing: {code(how)} ({packing.get(how, 'see the arguments')}), {number(block)} tokens a row, EOS "
-                 f"after each document; {masking}. Held out: {plain(arguments.get('validation_fraction'))}"
-                 " of the documents, by a hash of their text.")  # fmt: skip
+                 f"after each document; {masking}. {_held_out(run)}.")  # fmt: skip
     if not manifest:
         return section("Training data", *parts, "What cleaning left out is not known here: the prepared set's "
                        "manifest is not beside this record.")  # fmt: skip
@@ -134,6 +133,18 @@ def data(run):
     where = ", of these first documents" if run.from_stream else ""
     mixed = [f"Realised mixture{where}:", "\n".join(listed(manifest["mixture"]))] if manifest.get("mixture") else []
     return section("Training data", *parts, *mixed, "Cleaning:", "\n".join(listed(done)))
+
+
+def _held_out(run):
+    """How the held-out text was chosen."""
+    sets = [split.removeprefix("validation_") for split in (run.record.get("data") or {}).get("splits") or {}]
+    given = {key: run.arguments.get(key) for key in ("validation_files", "validation_split")}
+    if not any(given.values()):
+        fraction = (run.record.get("data") or {}).get("validation_fraction", run.arguments.get("validation_fraction"))
+        return f"Held out: {plain(fraction)} of the documents, by a hash of their text"
+    names = [code(name) for name in sets if name not in ("train", "validation")]
+    named = f" ({', '.join(names)})" if names else ""
+    return f"Held out: text of its own{named}; training documents that stand there too were left out"
 
 
 def hyper_parameters(run):

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -75,11 +76,9 @@ def reproduce(run_dir: Path, target: Path, run: dict) -> str:
             f"{prepared} does not hold the set that {run_dir} was trained on, so its held-out score cannot be "
             "reproduced: put it back, or give --unscored."
         )
-    every = -(-manifest["splits"]["validation"]["documents"] // arguments["max_eval_documents"])
     with tempfile.TemporaryDirectory() as scratch:
         documents, scores = Path(scratch, "held_out.jsonl"), Path(scratch, "scores.json")
-        with fileinput.input([prepared / name for name in manifest["validation_documents"]], mode="rb") as lines:
-            documents.write_bytes(b"".join(islice(lines, 0, None, every)))  # those that the run scored
+        documents.write_bytes(b"".join(scored_documents(prepared, manifest, arguments["max_eval_documents"])))
         settings = [f"--{name}={used[name]}" for name in ("window", "stride", "prefix")]
         judge = Path(__file__).resolve().parents[1] / "eval" / "perplexity.py"
         command = [sys.executable, judge, f"--model={target}", f"--data_files={documents}", *settings]
@@ -92,6 +91,16 @@ def reproduce(run_dir: Path, target: Path, run: dict) -> str:
     if abs(figure - expected) > TOLERANCE * expected or found["documents"] != used["documents"]:
         raise ValueError(f"{target} is not the model that the run scored: {said}.")
     return f"{said}, window {used['window']}."
+
+
+def scored_documents(prepared: Path, manifest: dict, most: int) -> Iterator[bytes]:
+    """Yield the lines of the held-out documents that the run scored: of each set at most so many, evenly spaced."""
+    sets = {}
+    for name in manifest["validation_documents"]:
+        sets.setdefault(name.rsplit("-", 2)[0].replace("_documents", "", 1), []).append(prepared / name)
+    for split, files in sets.items():
+        with fileinput.input(files, mode="rb") as lines:
+            yield from islice(lines, 0, None, -(-manifest["splits"][split]["documents"] // most))
 
 
 def show(target: Path) -> None:

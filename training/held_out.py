@@ -1,6 +1,45 @@
-"""Held-out loss as bits per byte: the bytes that each token stands for."""
+"""Held-out loss as one sum over tokens, and as bits per byte: the bytes that each token stands for."""
+
+import math
 
 import torch
+
+
+def score(trainer, dataset):
+    """Sum a held-out set's loss over this rank's rows, every world_size-th; all ranks make as many forwards.
+
+    Returns:
+        float64 [3]: nats, tokens scored, bytes. Short of rows where a stop was asked for between two batches; then
+        trainer.evaluation_owed.
+    """
+    args, model = trainer.args, trainer.model_wrapped
+    sums = torch.zeros(3, dtype=torch.float64, device=args.device)
+    mine = range(args.process_index, math.ceil(len(dataset) / args.world_size) * args.world_size, args.world_size)
+    for start in range(0, len(mine), args.per_device_eval_batch_size):
+        rows = mine[start : start + args.per_device_eval_batch_size]
+        batch = trainer.data_collator([dataset[row % len(dataset)] for row in rows])
+        batch["labels"][torch.tensor([row >= len(dataset) for row in rows])] = -100
+        targets = batch["labels"][:, 1:]
+        targets = targets[targets != -100]
+        tokens = torch.tensor(len(targets))
+        size = torch.tensor(0) if trainer.bytes_per_token is None else trainer.bytes_per_token[targets].sum()
+        if trainer.model_accepts_loss_kwargs:
+            batch["num_items_in_batch"] = torch.ones((), device=args.device)  # the loss is then a sum
+        loss = model(**trainer._prepare_inputs(batch)).loss.double()
+        nats = loss if trainer.model_accepts_loss_kwargs else loss * tokens
+        sums += torch.stack((nats, tokens.to(nats), size.to(nats)))
+        trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
+        trainer.evaluation_owed = not trainer.control.should_evaluate
+        if trainer.evaluation_owed:
+            break
+    return sums
+
+
+def figures(sums, prefix):
+    """{prefix_loss: nats a token, prefix_tokens, prefix_bits_per_byte where bytes were counted} of `score`'s sums."""
+    nats, tokens, size = sums.tolist()
+    found = {f"{prefix}_loss": nats / tokens, f"{prefix}_tokens": int(tokens)}
+    return found | ({f"{prefix}_bits_per_byte": nats / size / math.log(2)} if size else {})
 
 
 def bytes_per_token(tokenizer, texts):

@@ -37,6 +37,7 @@ def write_start(output_dir, arguments, manifest, git, plan):
     """run.json before the first step: what was asked, with what, on which data, and the plan."""
     splits = manifest.splits
     data = {key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "blocks")}
+    data |= {"validation_fraction": manifest.validation_fraction, "filtered": manifest.filtered}
     data |= {"fingerprint": manifest.fingerprint, "source": manifest.source, "splits": splits}
     run = {"arguments": arguments, "versions": versions(), "git_commit": git, "plan": plan, "data": data}
     write_run(output_dir, **run, last_stop=None)
@@ -46,30 +47,36 @@ def write_result(output_dir, log, results, result):
     """run.json after the last step, and the sentences that say it.
 
     Args:
-        results: {trained, random, unigram: scores of held-out documents}, or None where nothing was held out.
+        results: {set: {trained, random, unigram: scores of its held-out documents}}, of all sets together under "";
+            None where nothing was held out.
         result: What the Trainer counted: tokens_seen, skipped_steps.
     """
     result, said = result | {"tokens_per_second": round(log.tokens_per_second, 1)}, []
     if results:
-        bits = {name: scores["bits_per_byte"] for name, scores in results.items()}
-        trained = results["trained"]
-        result |= {
-            "bits_per_byte": bits["trained"],
-            "random_bits_per_byte": bits["random"],
-            "unigram_bits_per_byte": bits["unigram"],
-            "held_out": trained,
-        }
-        said.append(
-            f"held-out bits per byte: {bits['trained']:.4f} (random weights {bits['random']:.4f}, unigram model "
-            f"{bits['unigram']:.4f}), over {trained['documents']} documents, window {trained['window']}, stride "
-            f"{trained['stride']}."
-        )
+        judged = {name: _judged(one) for name, one in results.items()}
+        result |= judged.pop("") | ({"held_out_sets": judged} if judged else {})
+        said += [_scores(result, ""), *(_scores(one, f", {name}") for name, one in judged.items())]
     write_run(output_dir, result=result, finished=datetime.now(UTC).isoformat(timespec="seconds"))
     said.append(
         f"done: {result['tokens_seen']:,} tokens seen, {log.tokens_per_second:,.0f} tokens/s. The model is in "
         f"{output_dir}; training_log.md and report/ there say how it went."
     )
     return said
+
+
+def _judged(scores):
+    """A held-out set's entry in run.json."""
+    bits = {f"{name}_bits_per_byte": scores[name]["bits_per_byte"] for name in ("random", "unigram")}
+    return {"bits_per_byte": scores["trained"]["bits_per_byte"]} | bits | {"held_out": scores["trained"]}
+
+
+def _scores(judged, name):
+    trained = judged["held_out"]
+    return (
+        f"held-out bits per byte{name}: {judged['bits_per_byte']:.4f} (random weights "
+        f"{judged['random_bits_per_byte']:.4f}, unigram model {judged['unigram_bits_per_byte']:.4f}), over "
+        f"{trained['documents']} documents, window {trained['window']}, stride {trained['stride']}."
+    )
 
 
 def versions():
@@ -88,6 +95,14 @@ def peak_memory_gib(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _held_out(metrics, prefix, name):
+    """A held-out set's loss for people."""
+    bits = metrics.get(f"{prefix}_bits_per_byte")
+    size = f", {bits:.4f} bits a byte," if bits else ""
+    said = f"{metrics[f'{prefix}_loss']:.4f} nats a token{size} over {metrics[f'{prefix}_tokens']:,} tokens"
+    return f"{name} {said}" if name else said
 
 
 class Record(TrainerCallback):
@@ -172,12 +187,9 @@ class Record(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if state.is_world_process_zero:
             self._metric(state, **metrics)
-            bits = metrics.get("eval_bits_per_byte")
-            self._prose(
-                f"Step {state.global_step}: held-out loss {metrics['eval_loss']:.4f} nats a token"
-                + (f", {bits:.4f} bits a byte," if bits else "")
-                + f" over {metrics['eval_tokens']:,} tokens."
-            )
+            names = [name[5:-5] for name in metrics if name.startswith("eval_") and name.endswith("_loss")][1:]
+            said = [_held_out(metrics, "eval", ""), *(_held_out(metrics, f"eval_{name}", name) for name in names)]
+            (self.say if names else self._prose)(f"Step {state.global_step}: held-out loss {'; '.join(said)}.")
         self.mark = time.monotonic()
 
     def on_save(self, args, state, control, **kwargs):

@@ -1,6 +1,5 @@
 """The Trainer, with what pre-training needs and nothing else."""
 
-import math
 import shutil
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from . import compiling, compression, optimizers, schedule
+from . import compiling, compression, held_out, optimizers, schedule
 from .experts import Experts
 from .safety import checkpoints, disk, ranks
 from .safety.divergence import Divergence
@@ -116,49 +115,36 @@ class PretrainTrainer(Trainer):
 
         Every rank takes every world_size-th row and the same number of forwards; rows past the end weigh nothing.
 
+        Args:
+            eval_dataset: Rows, or {name: rows} of several sets.
+
         Returns:
             {eval_loss: nats a token, eval_bits_per_byte (EOS costs bits and has no bytes), eval_tokens: tokens scored,
-            eval_runtime: seconds, epoch}; empty where a stop was asked for between two batches.
+            eval_runtime: seconds, epoch}, over all sets together, and eval_NAME_loss and so on of each; empty where a
+            stop was asked for between two batches.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        args, started, model = self.args, time.monotonic(), self.model_wrapped
-        sums = torch.zeros(3, dtype=torch.float64, device=args.device)  # nats, tokens, bytes
-        mine = range(args.process_index, math.ceil(len(dataset) / args.world_size) * args.world_size, args.world_size)
-        model.eval()
+        sets, started, sums = dataset if isinstance(dataset, dict) else {"": dataset}, time.monotonic(), []
+        self.model_wrapped.eval()
         self._average_weights()
         self.control.should_evaluate = True
         with torch.no_grad(), compiling.eager():
-            for start in range(0, len(mine), args.per_device_eval_batch_size):
-                rows = mine[start : start + args.per_device_eval_batch_size]
-                batch = self.data_collator([dataset[row % len(dataset)] for row in rows])
-                batch["labels"][torch.tensor([row >= len(dataset) for row in rows])] = -100
-                targets = batch["labels"][:, 1:]
-                targets = targets[targets != -100]
-                tokens = torch.tensor(len(targets))
-                size = torch.tensor(0) if self.bytes_per_token is None else self.bytes_per_token[targets].sum()
-                if self.model_accepts_loss_kwargs:
-                    batch["num_items_in_batch"] = torch.ones((), device=args.device)  # the loss is then a sum
-                loss = model(**self._prepare_inputs(batch)).loss.double()
-                nats = loss if self.model_accepts_loss_kwargs else loss * tokens
-                sums += torch.stack((nats, tokens.to(nats), size.to(nats)))
-                self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
-                self.evaluation_owed = not self.control.should_evaluate
+            for rows in sets.values():
+                sums.append(held_out.score(self, rows))
                 if self.evaluation_owed:
                     break
-        model.train()
+        self.model_wrapped.train()
         if self.evaluation_owed:
             return {}
+        sums = torch.stack(sums)
         if dist.is_initialized():
             dist.all_reduce(sums)
-        metrics = {
-            f"{metric_key_prefix}_loss": (sums[0] / sums[1]).item(),
-            f"{metric_key_prefix}_tokens": int(sums[1].item()),
-            f"{metric_key_prefix}_runtime": round(time.monotonic() - started, 3),
-        }
-        if sums[2]:
-            metrics[f"{metric_key_prefix}_bits_per_byte"] = (sums[0] / sums[2]).item() / math.log(2)
+        metrics = held_out.figures(sums.sum(0), metric_key_prefix)
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.monotonic() - started, 3)
+        for name, one in zip(sets, sums, strict=True):
+            metrics |= held_out.figures(one, f"{metric_key_prefix}_{name}") if name else {}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def train(self, *args, **kwargs):

@@ -10,7 +10,7 @@ from smolpretrain.core.files import describe_file, sync
 
 from .manifest import Manifest
 from .packing import Packer
-from .shards import COUNTED, SPLITS, SplitWriter, records
+from .shards import COUNTED, TRAIN, SplitWriter, records
 
 UNIGRAM_COUNTS = "unigram_counts.npy"
 
@@ -27,8 +27,9 @@ def assemble(work: Path, target: Path, parts: int, manifest: Manifest) -> Manife
         counts += np.load(path)
     np.save(work / "set" / UNIGRAM_COUNTS, counts)
     files = {entry["name"]: entry for record in shards for entry in record["files"]}
-    for split in SPLITS:
-        manifest.splits[split] = _join(work / "set", split, [record["splits"][split] for record in shards], manifest)
+    for split in manifest.split_names:
+        found = [record["splits"][split] for record in shards if split in record["splits"]]
+        manifest.splits[split] = _join(work / "set", split, found, manifest)
     manifest.validation_documents = [record["texts"] for record in shards if record["texts"]]
     manifest.decontaminated = [record["dropped"] for record in shards if record["dropped"]]
     _sum_reports(manifest, [found[-1]["state"]["report"] for part in range(parts) if (found := records(work, part))])
@@ -82,8 +83,9 @@ def _sum_reports(manifest: Manifest, reports: list[dict]) -> None:
 
 
 def check_splits(manifest: Manifest) -> None:
-    train, validation = (manifest.splits[name] for name in SPLITS)
-    documents = train["documents"] + validation["documents"]
+    train, own = manifest.splits[TRAIN], "validation" in manifest.options
+    held_out = sum(entry["documents"] for split, entry in manifest.splits.items() if split != TRAIN)
+    documents = train["documents"] + (0 if own else held_out)
     if not documents:
         blank = f" ({manifest.skipped_rows} rows were null or blank)" if manifest.skipped_rows else ""
         column = f"text_column {manifest.source.get('text_column', 'text')!r}"
@@ -95,7 +97,13 @@ def check_splits(manifest: Manifest) -> None:
                 blank = f": {entry['source']} gave no document{blank}"
                 break
         raise ValueError(f"The corpus is empty{blank}; give a dataset or files with text in {column}.")
-    if manifest.validation_fraction and not validation["documents"]:
+    for name, split in manifest.held_out.items() if own else ():
+        if not manifest.splits[split]["blocks"]:
+            raise ValueError(
+                f"the held-out set {name} holds {manifest.splits[split]['tokens']} tokens, a row takes block_size = "
+                f"{manifest.block_size}: give more text."
+            )
+    if manifest.validation_fraction and not held_out:
         raise ValueError(
             f"validation_fraction {manifest.validation_fraction} held out none of {documents} documents; "
             "raise it, or set it to 0 to train without a held-out split."

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..read.cleaning import Cleaner, Dropped, Seen
 from ..read.documents import Documents, Tally
+from ..read.validation import HeldOut
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Source:
         cleaner: What leaves documents out by their own text; None leaves out none.
         seen: What leaves out a document that was there already; None leaves out none.
         state: What `state()` said after a batch: go on behind it.
+        held_out: What leaves out documents that stand in held-out text of the user's own; None leaves out none.
     """
 
     def __init__(
@@ -66,9 +68,11 @@ class Source:
         cleaner: Cleaner | None = None,
         seen: Seen | None = None,
         state: dict | None = None,
+        held_out: HeldOut | None = None,
     ):
         state = state or {}
         self._documents, self._encode, self._cleaner, self._seen = documents, encode, cleaner, seen
+        self._held_out = held_out
         self._position = state.get("position")
         self._tally = Tally(**state.get("tally", {}))
         self._filtered = dict(state.get("filtered", {}))
@@ -83,6 +87,8 @@ class Source:
     def __iter__(self) -> Iterator[Encoded]:
         for batch in self._documents.batches(self._position, self._tally):
             texts, dropped = batch.texts, []
+            if self._held_out is not None:
+                texts = self._held_out(texts, self._filtered)
             if self._cleaner is not None:
                 texts, dropped = self._cleaner(texts, self._filtered)
             if self._seen is not None:

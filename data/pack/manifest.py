@@ -11,6 +11,7 @@ from smolpretrain.core.files import describe_file, write_json
 
 FILE_NAME = "manifest.json"
 FORMAT_VERSION = 2
+VALIDATION = "validation"
 # What decides the tokens. Another value of one of these is another set.
 IDENTITY = (
     "format_version",
@@ -33,11 +34,13 @@ class Manifest:
         source: What `corpus.describe_source` said, text_column included.
         tokenizer_hash: sha256, see `tokenization.tokenizer_hash`.
         vocab_size: Every id is below it.
-        splits: For "train" and "validation": documents, tokens (EOS included), bytes (UTF-8), blocks,
-            padding_tokens (in rows of best_fit), remainder_tokens (dropped: tokens + padding_tokens ==
+        splits: For "train" and "validation" (or of each held-out set by name "validation_NAME"): documents,
+            tokens (EOS included), bytes (UTF-8), blocks, padding_tokens (in rows of best_fit), remainder_tokens
+            (dropped: tokens + padding_tokens ==
             blocks * block_size + remainder_tokens), documents_cut, fill, documents_per_block, files.
-        options: What else decides the tokens: limits, cleaning, mixture; empty where nothing was asked.
-        filtered: Documents left out by each kind of cleaning.
+        options: What else decides the tokens: limits, cleaning, mixture, "validation" (each held-out set's source by
+            its name); empty where nothing was asked.
+        filtered: Documents left out by each kind of cleaning, and those that stand in held-out text of one's own.
         mixture: Documents, tokens and realised weight of each source of a mixture.
         skipped_rows: Null or blank rows of the source.
         bad_rows: Rows passed over because they were no text, and the first of them.
@@ -72,8 +75,24 @@ class Manifest:
     def identity(self) -> dict:
         """What decides the tokens, as JSON values; a Hub commit is recorded but does not tell two sets apart."""
         identity = {name: getattr(self, name) for name in IDENTITY}
-        identity["source"] = _without_commit(self.source)
+        identity |= {name: _without_commit(identity[name]) for name in ("source", "options")}
         return json.loads(json.dumps(identity))
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The splits that such a set has, "train" first."""
+        names = sorted(self.options.get("validation", [""]))
+        return ("train", *(f"{VALIDATION}_{name}" if name else VALIDATION for name in names))
+
+    @property
+    def held_out(self) -> dict[str, str]:
+        """{name: split} of what is held out; the name is "" where there is only one set without."""
+        splits = {split: entry for split, entry in self.splits.items() if split != "train" and entry["documents"]}
+        return {split.removeprefix(VALIDATION).removeprefix("_"): split for split in sorted(splits)}
+
+    def documents_of(self, split: str) -> list[str]:
+        """Return the files that hold the texts of a held-out split."""
+        return [name for name in self.validation_documents if name.startswith(f"{documents_name(split)}-")]
 
     @property
     def summary(self) -> str:
@@ -130,6 +149,11 @@ class Manifest:
         return manifest
 
 
+def documents_name(split: str) -> str:
+    """Return how the files of a held-out split's texts begin: validation_documents, validation_documents_NAME."""
+    return f"{VALIDATION}_documents{split.removeprefix(VALIDATION)}"
+
+
 def verify(prepared_dir: str | os.PathLike, sha256: bool = False) -> Manifest:
     """Check that a prepared set is whole: every file there and of its size; with sha256, every byte.
 
@@ -184,7 +208,10 @@ def _flat(identity: dict) -> dict:
     """Return the identity with source's and options' keys beside the others: a difference is named by its own key."""
     source = {f"source.{key}": value for key, value in identity["source"].items()}
     plain = {key: value for key, value in identity.items() if key not in ("source", "options")}
-    return plain | source | identity["options"]
+    options = {key: value for key, value in identity["options"].items() if key != VALIDATION}
+    held_out = identity["options"].get(VALIDATION, {}).items()
+    own = {f"validation {name}".rstrip() + f".{key}": value for name, one in held_out for key, value in one.items()}
+    return plain | source | own | options
 
 
 def _shown(value, other) -> str:

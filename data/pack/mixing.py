@@ -8,6 +8,7 @@ import numpy as np
 
 from ..read.cleaning import Cleaner, Cleaning, Seen
 from ..read.documents import Documents, MixedDocuments, Shares, Tally
+from ..read.validation import HeldOut
 from .feed import Encoded, Source
 
 DRAWS = 4096  # documents at most in one batch
@@ -139,13 +140,20 @@ class Mixture:
             drawn.counts["tokens"] += int(size)
 
 
-def open_source(documents: Documents | MixedDocuments, encode, cleaning: Cleaning, seen: Seen | None, state):
+def open_source(
+    documents: Documents | MixedDocuments,
+    encode,
+    cleaning: Cleaning,
+    seen: Seen | None,
+    state,
+    held_out: HeldOut | None = None,
+):
     """Return what encodes these documents from a state on: a `Source`, or of a mixture's a `Mixture`."""
     cleaner = Cleaner(cleaning) if cleaning.by_text else None
     if isinstance(documents, MixedDocuments):
 
         def open_one(one: Documents, held: dict | None) -> Source:
-            return Source(one, encode, cleaner, None, held)
+            return Source(one, encode, cleaner, None, held, held_out)
 
         return Mixture(documents, open_one, seen, state)
-    return Source(documents, encode, cleaner, seen, state)
+    return Source(documents, encode, cleaner, seen, state, held_out)

@@ -19,10 +19,10 @@ from ..read.corpus import is_held_out
 from ..read.long_text import LongText
 from ..tokens.tokenization import token_dtype
 from .feed import Encoded, Feed
-from .manifest import Manifest
+from .manifest import Manifest, documents_name
 from .packing import document_starts, make_packer
 
-SPLITS = ("train", "validation")
+TRAIN = "train"
 SHARD_BYTES = 256 * 2**20  # of text in one shard: what a kill costs at most
 RECORD_BATCH_TOKENS = 2**20  # tokens in one Arrow record batch (2 MiB at 2 bytes)
 COUNTED = ("documents", "tokens", "bytes", "blocks", "padding_tokens", "documents_cut", "document_pieces")
@@ -117,14 +117,21 @@ class JsonLinesWriter:
 
 
 class ShardWriter:
-    """Writes one shard: both splits' rows, the held-out texts, the unigram counts, and last its record."""
+    """Writes one shard: its splits' rows, the held-out texts, the unigram counts, and last its record.
 
-    def __init__(self, work: Path, part: int, number: int, manifest: Manifest):
-        self.work, self.name, self.manifest = work, f"{part:05d}-{number:05d}", manifest
-        self.splits = [SplitWriter(work / "set" / f"{split}-{self.name}.arrow", manifest) for split in SPLITS]
+    Args:
+        split: All of a held-out set's documents go there. Of "train" a fraction goes to "validation", if one is asked.
+    """
+
+    def __init__(self, work: Path, part: int, number: int, manifest: Manifest, split: str = TRAIN):
+        self.work, self.name, self.manifest, self.split = work, f"{part:05d}-{number:05d}", manifest, split
+        own = "validation" in manifest.options
+        self.names = (split,) if own else manifest.split_names
+        self.splits = [SplitWriter(work / "set" / f"{name}-{self.name}.arrow", manifest) for name in self.names]
         self.bytes = 0
         self._counts = np.zeros(manifest.vocab_size, dtype=np.int64)
-        self._texts = JsonLinesWriter(work / "set" / f"validation_documents-{self.name}.jsonl")
+        texts = documents_name("validation" if split == TRAIN else split)
+        self._texts = JsonLinesWriter(work / "set" / f"{texts}-{self.name}.jsonl")
         self._dropped = JsonLinesWriter(work / "set" / f"decontaminated-{self.name}.jsonl")
 
     def add(self, batch: Encoded) -> None:
@@ -136,7 +143,7 @@ class ShardWriter:
         fraction = self.manifest.validation_fraction
         for number, text in enumerate(batch.texts):
             utf8 = text.encode("utf-8")
-            sizes[number], in_validation = len(utf8), fraction and is_held_out(utf8, fraction)
+            sizes[number], in_validation = len(utf8), self.split != TRAIN or (fraction and is_held_out(utf8, fraction))
             del utf8
             if in_validation:
                 held[number] = True
@@ -146,8 +153,9 @@ class ShardWriter:
             self._add_train(batch.ids, batch.lengths, sizes)
             return
         of_held = np.repeat(held, batch.lengths)
-        self._add_train(batch.ids[~of_held], batch.lengths[~held], sizes[~held])
-        self.splits[1].add(batch.ids[of_held], batch.lengths[held], int(sizes[held].sum()))
+        if not held.all():
+            self._add_train(batch.ids[~of_held], batch.lengths[~held], sizes[~held])
+        self.splits[-1].add(batch.ids[of_held], batch.lengths[held], int(sizes[held].sum()))
 
     def _add_train(self, ids: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> None:
         for at in range(0, len(ids), RECORD_BATCH_TOKENS):  # bincount takes 8 bytes a token
@@ -155,7 +163,7 @@ class ShardWriter:
         self.splits[0].add(ids, lengths, int(sizes.sum()))
 
     def finish(self, state: dict, last: bool, backend: str) -> None:
-        splits = {name: writer.finish() for name, writer in zip(SPLITS, self.splits, strict=True)}
+        splits = {name: writer.finish() for name, writer in zip(self.names, self.splits, strict=True)}
         self.close()
         paths = [self.work / "set" / split["file"] for split in splits.values() if split["file"]]
         paths += [writer.path for writer in (self._texts, self._dropped) if writer.opened]
@@ -195,6 +203,7 @@ def write_part(
     manifest: Manifest,
     backend: Callable,
     tick=None,
+    split: str = TRAIN,
 ) -> None:
     """Write the shards of a part that are not there yet.
 
@@ -202,6 +211,7 @@ def write_part(
         open_feed: From a feed's state (None: the start) and the number of finished shards to the feed.
         backend: Returns the encoder's name, for the record.
         tick: Called with each batch.
+        split: See `ShardWriter`.
 
     Raises ValueError where another process is at this part.
     """
@@ -210,7 +220,7 @@ def write_part(
         if done and done[-1]["last"]:
             return
         feed = open_feed(done[-1]["state"] if done else None, len(done))
-        shard = ShardWriter(work, part, len(done), manifest)
+        shard = ShardWriter(work, part, len(done), manifest, split)
         number = len(done)
         try:
             for batch in feed:
@@ -221,7 +231,7 @@ def write_part(
                     feed.end_shard()
                     shard.finish(feed.state(), False, backend())
                     number += 1
-                    shard = ShardWriter(work, part, number, manifest)
+                    shard = ShardWriter(work, part, number, manifest, split)
                 del batch
             shard.finish(feed.state() | {"report": feed.report()}, True, backend())
         finally:

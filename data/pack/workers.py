@@ -12,9 +12,10 @@ from smolpretrain.core.files import write_json
 
 from ..read.cleaning import Cleaning, Seen
 from ..read.corpus import is_validation
+from ..read.validation import HeldOut
 from ..tokens.encoding import Disagreement, Encoder
 from . import shards
-from .feed import Feed, Limits
+from .feed import Feed, Limits, Source
 from .manifest import Manifest
 from .mixing import open_source
 from .partial import TOKENIZERS_ONLY
@@ -26,7 +27,12 @@ _counts = None  # in a worker's process: documents, bytes and tokens of each wor
 
 @dataclass
 class Work:
-    """What every worker needs; pickled for those in processes of their own."""
+    """What every worker needs; pickled for those in processes of their own.
+
+    Attributes:
+        splits: Of each part, where its documents go: "train", or a held-out set's split, which is taken as it is.
+        held_out: Leaves held-out documents of the user's own out of training; None where there are none.
+    """
 
     directory: Path
     parts: list
@@ -35,6 +41,8 @@ class Work:
     tokenizer_backend: str
     limits: Limits = field(default_factory=Limits)
     cleaning: Cleaning = field(default_factory=Cleaning)
+    splits: list[str] = field(default_factory=list)
+    held_out: HeldOut | None = None
 
     @property
     def fallen_back(self) -> Path:
@@ -73,12 +81,19 @@ class Work:
                     (self.directory / f"counts-{number:05d}-{at:05d}.npy").unlink()
 
     def _write_part(self, number: int, encode: Encoder, progress: Progress) -> None:
+        split = self.splits[number] if self.splits else shards.TRAIN
+
         def open_feed(state: dict | None, shard: int) -> Feed:
+            if split != shards.TRAIN:
+                return Feed(Source(self.parts[number], encode, state=(state or {}).get("source")), state=state)
             seen = Seen(self.directory / f"seen-{number:05d}.sqlite", shard) if self.cleaning.deduplicate else None
-            source = open_source(self.parts[number], encode, self.cleaning, seen, (state or {}).get("source"))
+            held = (state or {}).get("source")
+            source = open_source(self.parts[number], encode, self.cleaning, seen, held, self.held_out)
             return Feed(source, self.limits, self._is_held_out, seen, state)
 
-        shards.write_part(self.directory, number, open_feed, self.manifest, lambda: encode.backend, progress.tick)
+        shards.write_part(
+            self.directory, number, open_feed, self.manifest, lambda: encode.backend, progress.tick, split
+        )
 
     def _is_held_out(self, text: str) -> bool:
         return is_validation(text, self.manifest.validation_fraction)

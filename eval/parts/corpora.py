@@ -45,9 +45,15 @@ def read_corpora(args):
         hub = {"path": args.dataset_name, "name": args.dataset_config_name, "revision": args.dataset_revision}
         corpora = {args.dataset_name: [hub | {"split": args.dataset_split or "train"}]}
     else:
-        prepared = [f"held_out={args.prepared_dir}/validation_documents*.*"]
-        corpora = _file_sources(args.data_files or prepared)
+        corpora = _file_sources(args.data_files or _prepared(args.prepared_dir))
     return {name: _read(sources, args.text_column, args.max_documents) for name, sources in corpora.items()}
+
+
+def _prepared(directory):
+    """Words that name a prepared set's held-out texts: held_out, or each set by its own name."""
+    stems = {path.name.split("-")[0] for path in Path(directory).glob("validation_documents_*-*.*")}
+    named = [f"{stem.removeprefix('validation_documents_')}={directory}/{stem}-*.*" for stem in sorted(stems)]
+    return named or [f"held_out={directory}/validation_documents*.*"]
 
 
 def _file_sources(words):
