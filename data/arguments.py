@@ -74,9 +74,9 @@ class CorpusArguments:
     validation_files: list[str] | dict[str, str | list[str] | dict[str, typing.Any]] | None = field(
         default=None,
         metadata={
-            "help": "Held-out text of one's own, instead of a fraction: files as data_files, or several sets by name, "
-            '{"wiki": "wiki/*.jsonl", "code": ["a.parquet"]}, each measured alone; an object with the keys of a '
-            "source where a set is read otherwise. Documents that stand there too are left out of training."
+            "help": "Held-out text of one's own, instead of a fraction: files as data_files. Or several sets by name, "
+            'each measured alone: {"wiki": "wiki/*.jsonl", "code": ["a.parquet"]}. An object with the keys of a source says '
+            "how a set is read. Documents that stand there too are left out of training."
         },
     )
     validation_split: str | dict[str, str] | None = field(
