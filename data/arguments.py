@@ -75,8 +75,8 @@ class CorpusArguments:
         default=None,
         metadata={
             "help": "Held-out text of one's own, instead of a fraction: files as data_files. Or several sets by name, "
-            'each measured alone: {"wiki": "wiki/*.jsonl", "code": ["a.parquet"]}. An object with the keys of a source says '
-            "how a set is read. Documents that stand there too are left out of training."
+            'each measured alone: {"wiki": "wiki/*.jsonl", "code": ["a.parquet"]}. An object with the keys of a source '
+            "says how a set is read. Documents that stand there too are left out of training."
         },
     )
     validation_split: str | dict[str, str] | None = field(

@@ -20,10 +20,9 @@ from .pack.progress import Progress
 from .pack.shards import TRAIN
 from .pack.workers import Work, write_parts
 from .read.cleaning import Cleaner, Cleaning
-from .read.corpus import describe_source
 from .read.documents import Documents, MixedDocuments
 from .read.readers import Rows
-from .read.validation import open_sets, read_over
+from .read.validation import describe_sets, open_sets, read_over
 from .tokens.encoding import check_backend
 from .tokens.tokenization import document_encoder, tokenizer_hash, vocabulary_size
 
@@ -91,7 +90,7 @@ def prepare(
         )
     options = {name: value for name, value in asdict(limits).items() if value is not None} | cleaning.describe()
     if validation:
-        options["validation"] = {name: describe_source(**source) for name, source in validation.items()}
+        options["validation"] = describe_sets(validation)
     manifest = plan(tokenizer, block_size, source, validation_fraction, packing, options)
     check_backend(tokenizer_backend)
     target = Path(os.path.realpath(prepared_dir))

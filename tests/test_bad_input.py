@@ -29,6 +29,7 @@ TINY = [
     "per_device_train_batch_size=2", "deepspeed=null", "disable_tqdm=true",
 ]  # fmt: skip
 TOKEN = "hf_" + "b2C3" * 8
+OWN = ["validation_fraction=null"]
 WSD = ["lr_scheduler_type=warmup_stable_decay"]
 ENVIRONMENT_SECRET = "0123456789abcdef0123456789abcdef01234567"  # 40 hexadecimal digits, as wandb's keys
 LEFT = {"run.json", "metrics.jsonl", "training_log.md", "model.safetensors", "config.json", "report"}
@@ -267,6 +268,20 @@ ROWS = [
     ("B40", ["output_dir={corpus}/sub"], "documents.jsonl/sub cannot be written: Not a directory. Name another."),
     ("B40", ["output_dir=/proc/no"], "output_dir = /proc/no cannot be written: No such file or directory."),
     ("B40", ["output_dir={run}/prepared/new"], "is inside a prepared set or a checkpoint. Name another."),
+    ("-", ["validation_files={corpus}"], "validation_fraction = 0.1 and validation_files = "),
+    (
+        "-",
+        [*OWN, 'validation_files={"wiki": "{none}"}'],
+        "validation_files: wiki: no file matches",
+    ),
+    (
+        "-",
+        [*OWN, 'validation_files={"wiki": "{empty}"}'],
+        "the held-out set wiki holds no text: name other files, or leave it out.",
+    ),
+    ("-", [*OWN, 'validation_files={"wiki": "{short}"}'], "tokens, a row takes block_size = 64: give more text."),
+    ("-", ['validation_files={"a": "x", "a": "y"}'], "command line: a is given twice, as 'x' and as 'y'. Keep one."),
+    ("-", ["validation_split=dev", "validation_fraction=null"], "is a split of dataset_name, which is not given."),
     ("B40", ["output_dir="], "output_dir is empty: name the directory that everything goes to."),
     ("B41", [f"run_name={TOKEN}"], "command line: run_name holds an access token: set HF_TOKEN or run `hf auth login`"),
     ("B41", [TOKEN], "command line: a word holds an access token"),

@@ -1,12 +1,13 @@
 """Held-out text of one's own: files or a split, under one name or several, left out of training by its hash."""
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable
 
 import numpy as np
 
-from .corpus import SOURCE, read_documents
+from .corpus import SOURCE, describe_source, read_documents
 from .documents import Documents, Tally
 from .long_text import LongText
 
@@ -69,10 +70,19 @@ def _files(value, source: dict) -> dict:
 
 def open_sets(sets: dict[str, dict], bad_rows: str = "error", streaming: bool = False) -> dict[str, Documents]:
     """Open the sets of `name_sets`. Raises ValueError as `read_documents`, naming the user's key and the set."""
+    return _each(sets, functools.partial(read_documents, bad_rows=bad_rows, streaming=streaming))
+
+
+def describe_sets(sets: dict[str, dict]) -> dict[str, dict]:
+    """Say what text each set of `name_sets` is; see `corpus.describe_source`. Raises as `open_sets`."""
+    return _each(sets, describe_source)
+
+
+def _each(sets: dict[str, dict], call: Callable) -> dict:
     found = {}
     for name, source in sets.items():
         try:
-            found[name] = read_documents(**source, bad_rows=bad_rows, streaming=streaming)
+            found[name] = call(**source)
         except ValueError as error:
             said = str(error).removeprefix("data_files: ").replace("set dataset_split", "set validation_split")
             key = "validation_files" if source.get("data_files") else "validation_split"
