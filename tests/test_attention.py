@@ -141,7 +141,7 @@ def test_documents_of_other_lengths_compile_no_second_graph(varlen):
 
 
 def test_layers_are_compiled_by_default_on_cuda_alone_and_where_they_can_be(monkeypatch, varlen):
-    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
     assert compiling.choose(None, CUDA, varlen, False)[0]
     for asked, device, zero3, why in (
         *((None, CPU, False, "device cpu"), (None, CUDA, True, "ZeRO-3 gathers each layer's weights as it runs")),

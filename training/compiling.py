@@ -64,7 +64,9 @@ def choose(asked, device, network, zero3):
         return False, "ZeRO-3 gathers each layer's weights as it runs"
     if not (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
         return False, "there is no C compiler, which torch's kernels are bound with"
-    if not torch.utils._triton.has_triton():
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
         return False, "triton does not work here"
     if not layers_of(network):
         return False, f"{type(network).__name__} has no layers that transformers knows"
