@@ -12,6 +12,7 @@ from accelerate.utils import DynamoBackend
 from transformers import get_scheduler
 from transformers.utils import is_liger_kernel_available
 
+from smolpretrain.core.upstream import compile_modes
 from smolpretrain.data.arguments import one_of
 
 RANGES = {
@@ -274,4 +275,4 @@ def _check_compilation(args):
         known = {backend.value.lower() for backend in DynamoBackend} & {*torch.compiler.list_backends(exclude_tags=())}
         one_of("torch_compile_backend", args.torch_compile_backend, sorted(known))
     if args.torch_compile_mode is not None:
-        one_of("torch_compile_mode", args.torch_compile_mode, list(torch._inductor.list_mode_options()))
+        one_of("torch_compile_mode", args.torch_compile_mode, compile_modes())

@@ -53,7 +53,7 @@ from smolpretrain.arguments import (
     ModelArguments,
     PretrainArguments,
 )
-from smolpretrain.core import files, status
+from smolpretrain.core import files, status, upstream
 from smolpretrain.core.architectures import load_config
 from smolpretrain.core.text import one_line
 from smolpretrain.core.words import collect, parse_args, place, resolve
@@ -217,7 +217,7 @@ def build_model(model_args, data_args, args, config):
 
 def make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, prepared_dir):
     """Network, rows, collator and record in one Trainer."""
-    bounds = attention.takes_bounds(network.config._attn_implementation)
+    bounds = attention.takes_bounds(upstream.attention_of(network.config))
     collator = PackedCollator(tokenizer.eos_token_id, data_args.intra_document_masking, cu_seq_lens=bounds)
     terms = start.utilization_terms(network.config.to_dict(), data_args.block_size, args.device)
     if RANK == 0:

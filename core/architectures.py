@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .text import one_line
+from .upstream import model_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -123,17 +124,6 @@ def _override(config, overrides):
         raise ValueError(
             f"config_overrides = {overrides} make no {type(config).__name__}: {one_line(error, 200)}."
         ) from None
-
-
-def model_class(config: "PretrainedConfig") -> type["nn.Module"] | None:
-    """The class of the causal language model of a config; None where it is of another kind of model.
-
-    transformers 5.23 keeps the mapping in a private name and has no other way to ask it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    mapping = AutoModelForCausalLM._model_mapping
-    return mapping.get(type(config), None)
 
 
 def on_meta(config: "PretrainedConfig") -> "nn.Module":

@@ -1,5 +1,7 @@
 """What a device computes in: bfloat16 where it has instructions for it, else float32."""
 
+from . import upstream
+
 
 def computes_bf16(kind: str) -> bool:
     """Tell whether a device has bfloat16 instructions: a CUDA device of compute capability 8, a CPU by oneDNN.
@@ -9,10 +11,10 @@ def computes_bf16(kind: str) -> bool:
     Args:
         kind: cuda or cpu, as torch.device has it; another kind is asked of torch.amp.
     """
+    if kind == "cpu":
+        return upstream.cpu_has_bf16()
     import torch
 
-    if kind == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.amp.is_autocast_available(kind)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 
+from smolpretrain.core import upstream
+
 HERE = Path(__file__).resolve().parent
-EXTENSION = "deepspeed_shm_comm"
 # Optimizers that need more of a tensor than its elements: ZeRO gives them flat pieces, which some take without a word.
 WHOLE_TENSORS = ("muon", "adafactor", "galore", "apollo", "lomo", "adalomo", "stable_adamw", "schedule_free")
 LOCK_SECONDS = 10  # between the lock and the compiler lie milliseconds
@@ -48,9 +49,7 @@ def say_if_unbuilt(remove_stale_lock):
     Args:
         remove_stale_lock: True on one rank of a machine.
     """
-    from torch.utils.cpp_extension import _get_build_directory
-
-    directory = Path(_get_build_directory(EXTENSION, verbose=False))
+    directory = upstream.extension_directory(upstream.DEEPSPEED_EXTENSION)
     lock = directory / "lock"
     while remove_stale_lock and lock.exists() and not _someone_works_in(directory):
         with contextlib.suppress(FileNotFoundError):
@@ -58,7 +57,7 @@ def say_if_unbuilt(remove_stale_lock):
                 lock.unlink()
             else:
                 time.sleep(max(0.0, LOCK_SECONDS - age) + 0.1)
-    if (directory / f"{EXTENSION}.so").exists():
+    if (directory / f"{upstream.DEEPSPEED_EXTENSION}.so").exists():
         return None
     return "DeepSpeed builds its extension for CPUs now, once: about half a minute."
 
@@ -73,8 +72,6 @@ def _someone_works_in(directory):
 
 def _check_build(args):
     """On a CPU DeepSpeed builds an extension: with a compiler, Python's headers, and a directory to write to."""
-    from torch.utils.cpp_extension import _get_build_directory
-
     said = f"deepspeed = {args.deepspeed} builds a small extension on a CPU"
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     missing = (
@@ -88,7 +85,7 @@ def _check_build(args):
             "(Debian: apt-get install g++ python3-dev), or train without DeepSpeed: deepspeed=null."
         )
     try:
-        directory = Path(_get_build_directory(EXTENSION, verbose=False))
+        directory = upstream.extension_directory(upstream.DEEPSPEED_EXTENSION)
         with tempfile.TemporaryFile(dir=directory):  # built or not, torch's lock is a file there
             pass
     except OSError as error:

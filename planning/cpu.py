@@ -10,7 +10,7 @@ tenths of a second where other programs want the same cores.
 import contextlib
 import time
 
-from smolpretrain.core.architectures import model_class
+from smolpretrain.core.upstream import model_class, set_attention
 
 from . import counting, hardware
 
@@ -87,7 +87,7 @@ def _layers(torch, config, setup, layers, rows, block):
 
     fields = {name: value for name, value in config.items() if name != "layer_types"}  # it has an entry a layer
     made = AutoConfig.for_model(**fields | {"num_hidden_layers": layers, "vocab_size": VOCABULARY, "use_cache": False})
-    made._attn_implementation = "eager" if setup.attention == "eager" else "sdpa"
+    set_attention(made, "eager" if setup.attention == "eager" else "sdpa")
     network = model_class(made)(made).train()  # not shared out under ZeRO-3
     if setup.checkpointing:
         network.activation_checkpointing_enable()

@@ -11,7 +11,7 @@ from transformers.integrations import integration_utils
 
 from smolpretrain import arguments, ds_configs, limits
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
-from smolpretrain.core import precision
+from smolpretrain.core import precision, upstream
 from smolpretrain.core.words import collect, parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -283,7 +283,7 @@ def test_a_lock_that_a_killed_build_left_is_removed_and_a_working_one_s_is_not(t
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(ds_configs, "LOCK_SECONDS", 0.2)
     assert "builds its extension" in ds_configs.say_if_unbuilt(True)
-    directory = tmp_path / ds_configs.EXTENSION
+    directory = tmp_path / upstream.DEEPSPEED_EXTENSION
     builder = subprocess.Popen(["sleep", "600"], cwd=directory)
     (directory / "lock").touch()
     ds_configs.say_if_unbuilt(True)
@@ -294,7 +294,7 @@ def test_a_lock_that_a_killed_build_left_is_removed_and_a_working_one_s_is_not(t
     assert (directory / "lock").exists()  # only one rank looks after it
     ds_configs.say_if_unbuilt(True)
     assert not (directory / "lock").exists()
-    (directory / f"{ds_configs.EXTENSION}.so").touch()
+    (directory / f"{upstream.DEEPSPEED_EXTENSION}.so").touch()
     assert ds_configs.say_if_unbuilt(True) is None
 
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from transformers import AttentionInterface, utils
 
-from smolpretrain.core.architectures import model_class
+from smolpretrain.core import upstream
 
 ORDER = ("flash_attention_4", "flash_attention_3", "varlen", "flash_attention_2", "sdpa", "eager")
 FLASH = {  # compute capabilities, whether transformers finds it, and what would install it
@@ -130,10 +130,10 @@ def missing(name, device, config, half=True):
     Args:
         half: Whether the run computes in 16 bits, which every flash kernel asks for.
     """
-    network = model_class(config)
-    supported = {"sdpa": network._supports_sdpa, "eager": True, "flex_attention": network._supports_flex_attn}
-    supported |= dict.fromkeys(("varlen", "sdpa_documents"), network._supports_attention_backend)
-    if not supported.get(name, network._supports_flash_attn):
+    network = upstream.model_class(config)
+    kinds = upstream.attention_kinds(network)
+    kind = "any" if name in ("varlen", "sdpa_documents") else name if name in kinds else "flash"
+    if not kinds[kind]:
         return f"{network.__name__} does not have it"
     if name in ("sdpa", "eager"):
         return None
@@ -205,10 +205,11 @@ def settle(name, device, block_size, masked):
 def portable(network):
     """Inside, the network attends by what every device and dtype has: the flash kernels take no CPU tensors, no fp32,
     and no generation with a cache."""
-    kept = network.config._attn_implementation
+    kept = upstream.attention_of(network.config)
     if kept not in ("sdpa", "eager"):
-        network.config._attn_implementation = "sdpa" if network._supports_sdpa else "eager"
+        has_sdpa = upstream.attention_kinds(type(network))["sdpa"]
+        upstream.set_attention(network.config, "sdpa" if has_sdpa else "eager")
     try:
         yield
     finally:
-        network.config._attn_implementation = kept
+        upstream.set_attention(network.config, kept)

@@ -12,6 +12,8 @@ from contextlib import nullcontext
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from smolpretrain.core import upstream
+
 from . import attention, experts, loss
 
 
@@ -27,7 +29,7 @@ def settle(network, args, data_args, zero3, refused):
     Raises:
         ValueError: See loss.choose.
     """
-    cuda, kernel = args.device.type == "cuda", network.config._attn_implementation
+    cuda, kernel = args.device.type == "cuda", upstream.attention_of(network.config)
     compiled, why = choose(args.torch_compile, args.device, network, zero3)
     inside = compiled or bool(args.torch_compile and cuda)
     said = [
@@ -64,9 +66,7 @@ def choose(asked, device, network, zero3):
         return False, "ZeRO-3 gathers each layer's weights as it runs"
     if not (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
         return False, "there is no C compiler, which torch's kernels are bound with"
-    from torch.utils._triton import has_triton
-
-    if not has_triton():
+    if not upstream.has_triton():
         return False, "triton does not work here"
     if not layers_of(network):
         return False, f"{type(network).__name__} has no layers that transformers knows"
@@ -83,7 +83,7 @@ def mark_lengths(inputs):
     """Tell the compiler that the number of documents changes from batch to batch, or it would compile a second time."""
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if name in inputs:
-            torch._dynamo.mark_dynamic(inputs[name], 0)
+            upstream.mark_dynamic(inputs[name], 0)
 
 
 def eager():

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, set_seed
 
+from smolpretrain.core import upstream
 from smolpretrain.core.architectures import BUILT_IN, SHARED_VOCABULARY, on_meta
 
 from . import attention
@@ -116,7 +117,7 @@ def check_weights(path, config):
         with safe_open(file, "pt") as tensors:
             found |= {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     network = on_meta(config)
-    tied = network._tied_weights_keys or {} if config.tie_word_embeddings else {}
+    tied = upstream.tied_weights(network)
     for name, parameter in network.named_parameters(remove_duplicate=False):
         if found.get(name) != (shape := list(parameter.shape)) and not (name in tied and name not in found):
             there = f"{name} is {found[name]}" if name in found else f"there is no {name}"
@@ -130,7 +131,7 @@ def model_from(path, config, attn_implementation):
         ValueError: As check_weights.
     """
     check_weights(path, config)
-    config._name_or_path = ""
+    config.name_or_path = ""  # or a card would call the model a fine-tune of that name
     return AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=torch.float32, attn_implementation=attn_implementation, use_safetensors=True
     )
@@ -142,5 +143,5 @@ def random_model(config, seed, attn_implementation):
     The same seed gives the same weights on every rank and every machine of one torch version.
     """
     set_seed(seed)
-    config._name_or_path = ""  # or a card would call the model a fine-tune of that name
+    config.name_or_path = ""  # or a card would call the model a fine-tune of that name
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)

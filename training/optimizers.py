@@ -5,6 +5,8 @@ from itertools import islice
 import torch
 from torch import nn
 
+from smolpretrain.core import upstream
+
 
 def grouped(model, decayed):
     """Trained parameters by what an optimizer may treat alike.
@@ -92,15 +94,11 @@ def eight_bit(cls, kwargs, groups, decay):
     Trainer registers it by module; under ZeRO a parameter group becomes one flat tensor, so the request is lost.
     A group of their own and an `optim_bits` in that group survive it, and a checkpoint's reload.
     """
-
-    class GroupedBits(cls):
-        def get_config(self, group_index, parameter_index, group):
-            return super().get_config(group_index, parameter_index, group) | {"optim_bits": group["optim_bits"]}
-
-    GroupedBits.__name__ = cls.__name__  # DeepSpeed and logs show the name
     options = [
         (groups["matrices"] + groups["head"], {"weight_decay": decay, "optim_bits": 8}),
         (groups["embeddings"], {"weight_decay": decay, "optim_bits": 32}),
         (groups["norms"], {"weight_decay": 0.0, "optim_bits": 32}),
     ]
-    return GroupedBits([{"params": parameters, **each} for parameters, each in options if parameters], **kwargs)
+    return upstream.with_group_bits(cls)(
+        [{"params": parameters, **each} for parameters, each in options if parameters], **kwargs
+    )

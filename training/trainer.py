@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
+from smolpretrain.core import upstream
+
 from . import compiling, compression, held_out, optimizers, schedule
 from .experts import Experts
 from .safety import checkpoints, disk, ranks
@@ -40,13 +42,13 @@ class PretrainTrainer(Trainer):
         known = self.args
         self.divergence = Divergence(known.on_spike, known.max_bad_steps, known.process_index, known.world_size)
         self.add_callback(self.divergence)
-        self.compiles = known.torch_compile or any(m._compiled_call_impl is not None for m in self.model.modules())
+        self.compiles = known.torch_compile or upstream.is_compiled(self.model)
         self.terms, self.experts = getattr(self.model, "terms", None) or Terms(), Experts.of(self.model)
 
     def _build_accelerator_args(self, **kwargs):
         found = super()._build_accelerator_args(**kwargs)
         if not self.args.deepspeed:  # ZeRO's JSON says it there
-            compression.hook(found["kwargs_handlers"][0], self.args.gradient_compression, self.args.max_steps)
+            compression.hook(upstream.ddp_handler(found), self.args.gradient_compression, self.args.max_steps)
         return found
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -73,7 +75,7 @@ class PretrainTrainer(Trainer):
     def log(self, logs, start_time=None):
         """Trainer's, with the steps that changed nothing and the bad ones counted since the first."""
         if "loss" in logs:
-            self._tr_loss.zero_()  # Trainer subtracts it from itself, which leaves a NaN in every later row
+            upstream.forget_logged_loss(self)
             logs |= {"skipped_steps": self.divergence.skipped, "bad_steps": self.divergence.bad}
             logs |= self.terms.take() | (self.experts.take() if self.experts else {})
             logs |= self.measure(self.data_wait_seconds) if self.measure else {}
@@ -214,13 +216,8 @@ class PretrainTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         """Trainer's, then the arguments' schedule: the state just loaded holds the checkpoint's, which would win."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        scheduler, peak = self.lr_scheduler, self.args.learning_rate
-        if not isinstance(scheduler, LambdaLR):
-            return
-        scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
-        scheduler._last_lr = [peak * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["initial_lr"], group["lr"] = peak, rate
+        if isinstance(self.lr_scheduler, LambdaLR):
+            upstream.set_peak_rate(self.lr_scheduler, self.args.learning_rate)
 
     def create_model_card(self, *args, **kwargs):
         """Nothing: Trainer's card calls every run a fine-tune."""

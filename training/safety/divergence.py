@@ -5,9 +5,7 @@ optimizers through the flag they read on the device (found_inf), elsewhere by dr
 every micro-batch's loss, so that all decide alike without another word.
 """
 
-import copy
 import math
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +13,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+
+from smolpretrain.core import upstream
 
 from . import checkpoints
 
@@ -179,7 +179,7 @@ class Divergence(TrainerCallback, ExportableState):
         epoch, step = divmod(at - 1, math.ceil(len(loader) / accumulation))
         first = step * accumulation
         places = [
-            {"rank": rank, "micro_batch": number, "rows": rows_of(loader, epoch, first + number, rank)}
+            {"rank": rank, "micro_batch": number, "rows": upstream.rows_of(loader, epoch, first + number, rank)}
             for rank, number in where
         ]
         ranks = {place["rank"] for place in places}
@@ -205,7 +205,7 @@ class Divergence(TrainerCallback, ExportableState):
 
     def check_weights(self, network, args, control):
         """Whether every weight is a number; where one is not, the run ends."""
-        shares = [getattr(p, "ds_tensor", p).detach() for p in network.parameters()]  # ZeRO-3 holds a share
+        shares = [upstream.share_of(p).detach() for p in network.parameters()]  # ZeRO-3 holds a share
         wrong = torch.stack([~p.isfinite().all() for p in shares]).any().int().to(args.device)
         if dist.is_initialized():
             dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
@@ -218,23 +218,6 @@ class Divergence(TrainerCallback, ExportableState):
         self.judge()
         if not self.ended:
             self.check_weights(model, args, control)
-
-
-def rows_of(loader, epoch, batch, rank):
-    """The rows of the training set in micro-batch number `batch` of an epoch, on one rank.
-
-    Copies of the loader's samplers are drawn anew: its own are in the middle of the epoch and must not move.
-    """
-    shard = copy.copy(loader.batch_sampler)
-    batches = shard
-    if hasattr(shard, "process_index"):  # accelerate's, which deals out the batches among ranks
-        shard.process_index = rank
-        batches = shard.batch_sampler = copy.copy(shard.batch_sampler)
-    sampler = batches.sampler = copy.copy(batches.sampler)
-    if hasattr(sampler, "set_epoch"):
-        sampler.generator = None  # made anew from the sampler's seed, not shared with the original
-        sampler.set_epoch(epoch)
-    return next(islice(shard, batch, None))
 
 
 def _remedy(args):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from smolpretrain.core import status
+from smolpretrain.core import status, upstream
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _GO_ON, _SAVE, _STOP = 0, 1, 2
@@ -40,7 +40,7 @@ def launchers():
     """
     parent = os.getppid()
     try:
-        if "deepspeed.launcher.launch" in psutil.Process(parent).cmdline():
+        if upstream.DEEPSPEED_RANK_STARTER in psutil.Process(parent).cmdline():
             return (parent, psutil.Process(parent).ppid())
     except psutil.Error:
         return ()

@@ -18,6 +18,7 @@ import psutil
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from smolpretrain.core import upstream
 from smolpretrain.core.text import one_line
 
 from .guards import SIGNALS
@@ -27,10 +28,6 @@ LOST = re.compile(r"closed by (?:the )?peer|reset by peer|Broken pipe|refused|ti
 STORE_SECONDS = 10  # a store that answers does so in milliseconds
 REFUSAL_SECONDS = 60  # between the first rank's refusal and another's lie seconds
 MEETING_SECONDS = 1800  # the ranks of a launch meet within, or torch ends them (its default_pg_timeout)
-
-
-def _store():
-    return dist.distributed_c10d._get_default_store()
 
 
 def wait_for_first(world_size, done):
@@ -44,7 +41,7 @@ def wait_for_first(world_size, done):
     """
     if world_size == 1:
         return
-    store = _store()
+    store = upstream.default_store()
     if done:
         store.set("prepared", "yes")
     try:
@@ -70,8 +67,7 @@ def bound_waiting(seconds):
     torch's default: a hanging rank then kept the others for half an hour.
     """
     if dist.is_initialized():
-        for group in list(dist.distributed_c10d._world.pg_map):
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        upstream.bound_groups(seconds)
 
 
 def forget_shared_buffer(rank):
@@ -83,11 +79,11 @@ def forget_shared_buffer(rank):
     killed before its first step, or in use and needing its name no more.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    of_user = f"deepspeed_allreduce_buffer_{os.getuid()}_"
-    for path in Path("/dev/shm").glob(f"{of_user}*"):
+    mine = upstream.shared_buffer(os.getuid(), address, port, rank)
+    for path in upstream.shared_buffers(os.getuid()):
         with contextlib.suppress(FileNotFoundError):
             old = time.time() - path.stat().st_mtime > MEETING_SECONDS
-            if old or path.name == f"{of_user}{address}_{port}_{rank}":
+            if old or path.name == mine:
                 path.unlink()
 
 
@@ -168,10 +164,10 @@ def refuse(rank, world_size, refusal):
 def _silent_ranks(rank, world_size):
     """Which ranks have not noticed, as this one has, that one is missing: the missing one is among them."""
     try:
-        _store().set_timeout(timedelta(seconds=STORE_SECONDS))
-        _store().set(f"lost/{rank}", "")
+        upstream.default_store().set_timeout(timedelta(seconds=STORE_SECONDS))
+        upstream.default_store().set(f"lost/{rank}", "")
         time.sleep(2)  # they notice within milliseconds of one another
-        silent = [str(other) for other in range(world_size) if not _store().check([f"lost/{other}"])]
+        silent = [str(other) for other in range(world_size) if not upstream.default_store().check([f"lost/{other}"])]
         return f"rank {' or '.join(silent)}" if silent else "another rank"
     except (RuntimeError, ValueError):
         return "rank 0"  # the store was its own and has ended with it
@@ -196,8 +192,8 @@ def fails_first(rank, world_size, error):
         return True, status
     mine = f"{rank} {status or 1}"
     try:
-        _store().set_timeout(timedelta(seconds=STORE_SECONDS))
-        told = _store().compare_set("failed", "", mine).decode()
+        upstream.default_store().set_timeout(timedelta(seconds=STORE_SECONDS))
+        told = upstream.default_store().compare_set("failed", "", mine).decode()
         _tell_by_file(told, may=True)  # before this rank ends, and maybe the store with it
     except (RuntimeError, ValueError):  # the store has ended with the first rank, or is not there yet
         told = _tell_by_file(mine, may=not _is_lost(error) or rank == 1)
