@@ -80,9 +80,9 @@ def check(args):
     Raises:
         ValueError: Begins with the key's name.
     """
+    _check_packages(str(getattr(args.optim, "value", args.optim)))
     check_values(args)
     _check_environment(args)
-    _check_packages(str(getattr(args.optim, "value", args.optim)))
     _check_compilation(args)
 
 
