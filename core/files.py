@@ -1,11 +1,15 @@
 """Files: JSON whole or not at all, rows of JSON lines, and what a file is."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -76,6 +80,20 @@ def sync(path: str | os.PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(file: Any, alone: bool = False) -> bool:
+    """Lock an open file, shared or, not waiting, alone; the kernel lets it go with the process.
+
+    Returns False where the storage has no locks. Raises BlockingIOError where another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        raise
+    return True
 
 
 def describe_file(path: str | os.PathLike) -> dict[str, Any]:

@@ -5,8 +5,9 @@ import typing
 from dataclasses import dataclass, field
 
 from .pack.packing import PACKINGS
-from .read.corpus import SOURCE
+from .read.corpus import MAX_DOCUMENT_BYTES, SOURCE
 from .read.documents import BAD_ROWS
+from .read.forms.columns import Columns
 from .read.validation import name_sets
 from .tokens import BACKENDS
 
@@ -21,15 +22,40 @@ class CorpusArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, e.g. cosmopedia-v2."})
     dataset_split: str = field(default="train", metadata={"help": "The split to read."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub dataset."})
+    dataset_data_dir: str | None = field(default=None, metadata={"help": "Only this folder of the dataset."})
+    dataset_data_files: list[str] | None = field(
+        default=None, metadata={"help": "Only these files of the dataset: paths or globs in it."}
+    )
     data_files: list[str] | None = field(
         default=None,
-        metadata={"help": "Local paths or globs: .jsonl, .json (also .gz), .parquet, .csv, .txt (a document a file)."},
+        metadata={
+            "help": "Paths, globs, directories with all below them, or addresses (hf://, s3://, https://). A document "
+            "is a row of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, or a file of .txt, .md, .rst, .tex, "
+            "source code. All but .parquet and .arrow may also end in .gz, .zst, .xz, .bz2."
+        },
     )
-    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
+    text_column: str = field(
+        default="text",
+        metadata={"help": "The column that holds the text; meta.text: text in meta. A list of texts is one document."},
+    )
+    text_template: str | None = field(
+        default=None, metadata={"help": 'Several columns as one text, instead of text_column: "{title}\\n\\n{body}".'}
+    )
+    document_separator: str | None = field(
+        default=None,
+        metadata={
+            "help": "What stands between the documents of a text file: a mark, or three line ends (\\n\\n\\n). null: a "
+            "file is one document."
+        },
+    )
+    encoding: str | None = field(
+        default=None,
+        metadata={"help": "The files' encoding: latin-1, utf-16. null: UTF-8, with or without BOM."},
+    )
     mixture: list[dict[str, typing.Any]] | None = field(
         default=None,
         metadata={
-            "help": "Sources by share of tokens, instead of one: a list of objects with the six keys above, weight, "
+            "help": "Sources by share of tokens, instead of one: a list of objects with the keys above, weight, "
             "and max_epochs (1: the mixture ends where a source does). Interleaved document by document."
         },
     )
@@ -42,7 +68,15 @@ class CorpusArguments:
         },
     )
     bad_rows: str = field(
-        default="error", metadata={"help": "error stops at a row that is no text; skip passes it over and counts it."}
+        default="error",
+        metadata={
+            "help": "error stops at a row that is no text; skip passes it over, counts it, and names it in the set's "
+            "skipped_rows.jsonl. The rest of a damaged file counts as one such row."
+        },
+    )
+    max_document_bytes: int = field(
+        default=MAX_DOCUMENT_BYTES,
+        metadata={"help": "A longer line or document is a bad row: memory is bounded, whatever a file unpacks to."},
     )
     max_documents: int | None = field(default=None, metadata={"help": "Take only the first so many documents."})
     max_tokens: int | None = field(default=None, metadata={"help": "Take exactly the first so many tokens."})
@@ -118,7 +152,8 @@ class CorpusArguments:
         one_of("packing", self.packing, PACKINGS)
         one_of("bad_rows", self.bad_rows, BAD_ROWS)
         one_of("tokenizer_backend", self.tokenizer_backend, BACKENDS)
-        for name in ("num_proc", "max_documents", "max_tokens", "min_characters", "max_characters"):
+        at_least_one = ("num_proc", "max_documents", "max_tokens", "min_characters", "max_characters")
+        for name in (*at_least_one, "max_document_bytes"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if (self.min_characters or 0) > (self.max_characters or float("inf")):
@@ -128,15 +163,33 @@ class CorpusArguments:
         if len(given) > 1:
             both = " and ".join(f"{name} = {value}" for name, value in given.items())
             raise ValueError(f"{both} are both given: keep one.")
+        self._check_form()
         again = [entry for entry in self.mixture or [] if entry.get("max_epochs", 1) != 1]
         if self.deduplicate and again:
             raise ValueError(
                 f"deduplicate = true would leave out all of a second pass, but mixture has max_epochs = "
                 f"{again[0]['max_epochs']}: set one of them back."
             )
-        for name in ("data_files", "mixture", "decontaminate", "filters"):
+        for name in ("data_files", "dataset_data_files", "mixture", "decontaminate", "filters"):
             if getattr(self, name) == []:
                 raise ValueError(f"{name} is an empty list: name at least one, or leave it out.")
+
+    def _check_form(self):
+        """Raise ValueError where a document's form cannot be as asked."""
+        for name in ("dataset_data_dir", "dataset_data_files"):
+            if getattr(self, name) is not None and self.dataset_name is None:
+                raise ValueError(f"{name} = {getattr(self, name)!r} is of a dataset: give dataset_name too.")
+        if self.text_template is not None:
+            if self.text_column != "text":
+                raise ValueError(f"text_template and text_column = {self.text_column!r} are both given: keep one.")
+            Columns(self.text_column, self.text_template)
+        if self.document_separator == "":
+            raise ValueError('document_separator = "" separates nothing: name what stands between documents, or null.')
+        if self.encoding is not None:
+            try:
+                "".encode(self.encoding)
+            except LookupError:
+                raise ValueError(f"encoding = {self.encoding!r} is none that Python knows, as latin-1.") from None
 
     @property
     def named(self) -> bool:
@@ -154,19 +207,25 @@ class CorpusArguments:
         return name_sets(self.validation_files, self.validation_split, self.source)
 
     @property
+    def judging(self) -> dict:
+        """How rows are read, of whatever text."""
+        return {name: getattr(self, name) for name in ("streaming", "bad_rows", "max_document_bytes")}
+
+    @property
     def reading(self) -> dict:
         """Which text and how it is read: the arguments of `corpus.read_documents`."""
-        return self.source | {"streaming": self.streaming, "bad_rows": self.bad_rows}
+        return self.source | self.judging
 
     @property
     def preparing(self) -> dict:
         """What becomes of it: arguments of `prepare.prepare`."""
         cleaning = ("min_characters", "max_characters", "deduplicate", "decontaminate", "filters")
         names = ("validation_fraction", "packing", "tokenizer_backend", "max_documents", "max_tokens", "num_proc")
+        cleaned = {name: getattr(self, name) for name in (*cleaning, "text_column", "text_template")}
         return {name: getattr(self, name) for name in names} | {
-            "cleaning": {name: getattr(self, name) for name in cleaning},
+            "cleaning": cleaned,
             "validation": self.validation,
-            "reading_validation": {"streaming": self.streaming, "bad_rows": self.bad_rows},
+            "reading_validation": self.judging,
         }
 
 

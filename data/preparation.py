@@ -1,12 +1,16 @@
 """Prepare a set: documents to packed blocks on disk, whole or absent, resumable, in bounded memory."""
 
+import contextlib
+import errno
 import functools
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import islice, tee
 from pathlib import Path
 
 from .pack import shards
@@ -14,18 +18,21 @@ from .pack.assemble import assemble
 from .pack.feed import Limits
 from .pack.manifest import Manifest
 from .pack.packing import check_packing, make_packer
-from .pack.partial import TOKENIZERS_ONLY, in_use, open_partial, prepared_already
+from .pack.partial import TOKENIZERS_ONLY, has_begun, in_use, open_partial, prepared_already
 from .pack.preparation_log import PreparationLog
 from .pack.progress import Progress
 from .pack.shards import TRAIN
 from .pack.workers import Work, write_parts
 from .read.cleaning import Cleaner, Cleaning
-from .read.documents import Documents, MixedDocuments
+from .read.documents import Documents, MixedDocuments, Tally
+from .read.held_out import enough
 from .read.readers import Rows
 from .read.validation import describe_sets, open_sets, read_over
 from .tokens.encoding import check_backend
 from .tokens.tokenization import document_encoder, tokenizer_hash, vocabulary_size
 
+MIXED_LOOKED_AT = 10_000  # documents of a mixture among which one must be held out
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LIBRARIES = ("datasets", "numpy", "pyarrow", "tokenizers", "transformers")
 
 
@@ -99,10 +106,19 @@ def prepare(
     if source is None:
         raise ValueError(f"{prepared_dir} is not a prepared set; name the text to prepare it from.")
     if not isinstance(documents, Documents | MixedDocuments):
+        looked_at, documents = tee(documents)
         documents = Documents([Rows("documents", functools.partial(iter, documents))])
+    else:
+        looked_at = _texts(documents)
     if cleaning.by_text:
         Cleaner(cleaning)  # its checks, before a directory is made
     parts = [documents] if one_part else documents.parts()
+    for sentence in documents.said:
+        say(sentence)
+    if validation_fraction and not only_merge and not has_begun(target):
+        manifest.held_out_fraction = _raised(looked_at, validation_fraction, limits, cleaning)
+        if manifest.held_out_fraction is not None:
+            say(f"validation_fraction {validation_fraction} would hold out no document: it is raised to hold out one.")
     splits, held_out = [TRAIN] * len(parts), None
     if validation:
         sets = open_sets(validation, **reading_validation or {})
@@ -113,7 +129,7 @@ def prepare(
     directory = open_partial(target, manifest)
     work = Work(directory, parts, tokenizer, manifest, tokenizer_backend, limits, cleaning, splits, held_out)
     log = PreparationLog(target)
-    with in_use(work.directory), log.failure():
+    with _disk(target), in_use(work.directory, say), log.failure():
         if not only_merge:
             share = f" share {shard_index} of {num_shards}" if num_shards > 1 else ""
             log.began(manifest, len(list(work.directory.glob("shard-*.json"))), share)
@@ -166,5 +182,40 @@ def merge(work: Path, target: Path, parts: int, manifest: Manifest) -> Manifest:
     try:
         return assemble(work, target, parts, manifest)
     except ValueError:
-        shutil.rmtree(work)
+        if not manifest.splits or not manifest.splits["train"]["blocks"]:  # less than a row: nothing to go on from
+            shutil.rmtree(work)
+        raise
+
+
+def _texts(documents: Documents | MixedDocuments) -> Iterator:
+    """Yield the documents from their start, without a trace in what counts them; of a mixture the first ones."""
+    if isinstance(documents, MixedDocuments):
+        yield from islice(documents.over([one.over(one.readers) for one in documents.sources]), MIXED_LOOKED_AT)
+        return
+    for batch in documents.over(documents.readers).batches(None, Tally()):
+        yield from batch.texts
+
+
+def _raised(texts: Iterable, fraction: float, limits: Limits, cleaning: Cleaning) -> float | None:
+    """Return what fraction must be raised to so that a document is held out; None: it does as it is.
+
+    Raises ValueError: there is only one document.
+    """
+    counts, cleaner = {}, Cleaner(cleaning) if cleaning.by_text else None
+    keep = (lambda some: cleaner(some, counts)[0]) if cleaner else list
+    most = [sys.maxsize if limit is None else limit for limit in (limits.max_documents, limits.max_tokens)]
+    raised = enough(texts, fraction, keep, *most)
+    return None if raised == fraction else raised
+
+
+@contextlib.contextmanager
+def _disk(target: Path):
+    """Name the directory where its disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL and not error.filename:
+            raise OSError(
+                error.errno, f"{os.strerror(error.errno)}; make room and start again to go on", str(target)
+            ) from error
         raise

@@ -21,6 +21,7 @@ from smolpretrain.core.text import one_line
 from smolpretrain.core.words import parse_args
 from smolpretrain.data import preparation, publish
 from smolpretrain.data.arguments import CorpusArguments
+from smolpretrain.data.pack.assemble import SKIPPED_ROWS
 from smolpretrain.data.pack.manifest import verify
 from smolpretrain.data.read import corpus
 from smolpretrain.data.tokens import tokenization
@@ -81,7 +82,7 @@ def run(args: PrepareArguments, merging: bool = False) -> None:
         tokenizer,
         args.block_size,
         args.prepared_dir,
-        source=corpus.describe_source(**args.source),
+        source=corpus.describe_source(**args.source, show=sys.stderr.isatty()),
         progress=sys.stderr.isatty(),
         **args.preparing,
         shard_index=args.shard_index,
@@ -106,6 +107,8 @@ def run(args: PrepareArguments, merging: bool = False) -> None:
         )
     if manifest.filtered:
         print(f"left out: {', '.join(f'{name} {count:,}' for name, count in manifest.filtered.items())}.")
+    if words := manifest.tally.words:
+        print(f"{words}; they are named in {Path(args.prepared_dir, SKIPPED_ROWS)}.")
     print(f"{'found whole in' if manifest.reused else 'written to'} {args.prepared_dir}, {manifest.fingerprint}.")
     same = " ".join(f"{name}={getattr(manifest, name)}" for name in ("block_size", "packing", "validation_fraction"))
     print(f"train on it: prepared_dir={args.prepared_dir} tokenizer_name={Path(args.prepared_dir, 'tokenizer')} {same}")
@@ -136,7 +139,12 @@ def main(argv=None) -> None:
                 print(f"published: {address}")
     except publish.NotUploaded as error:
         ArgumentParser(prog="prepare.py").exit(status.NOT_UPLOADED, f"prepare.py: error: {error}\n")
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        full = error.errno in preparation.FULL
+        said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        code = status.NO_SPACE if full else status.BAD_INPUT
+        ArgumentParser(prog="prepare.py").exit(code, f"prepare.py: error: {one_line(said)}\n")
+    except ValueError as error:
         ArgumentParser(prog="prepare.py", usage=SUPPRESS).error(one_line(error))
 
 

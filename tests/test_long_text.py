@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_prepare import SOURCE, TOKENIZER, files
 
 from smolpretrain.data.preparation import prepare
-from smolpretrain.data.read import corpus, long_text, readers
+from smolpretrain.data.read import long_text, readers
 from smolpretrain.data.read.corpus import read_documents
 from smolpretrain.data.read.documents import Tally
 from smolpretrain.data.read.long_text import LongText
@@ -25,8 +25,8 @@ TEXTS = ["short one", LONG[0], "another", "third", *LONG[1:], "last"]
 
 @pytest.fixture
 def all_are_long(monkeypatch):
-    monkeypatch.setattr(readers, "LONG_BYTES", 60)
-    monkeypatch.setattr(corpus, "LONG_BYTES", 60)
+    monkeypatch.setattr(long_text, "LONG_BYTES", 60)
+    monkeypatch.setattr(readers, "READ_BYTES", 40)
     monkeypatch.setattr(long_text, "PIECE_BYTES", 16)
     monkeypatch.setattr(encoding, "LONG", 32)
 
@@ -92,5 +92,5 @@ def test_a_blank_one_is_skipped_and_a_bad_one_is_named(tmp_path, all_are_long):
         with pytest.raises(ValueError, match=sentence):
             list(read_documents(data_files=str(path)))
     (tmp_path / "a.txt").write_bytes(b"x" * 90 + b"\xff")
-    with pytest.raises(ValueError, match=r"a\.txt: cannot be read past row 0 .*utf-8.*can't decode byte 0xff"):
+    with pytest.raises(ValueError, match=r"a\.txt: row 1 cannot be read \(.*utf-8.*can't decode byte 0xff"):
         list(read_documents(data_files=str(tmp_path / "a.txt")))

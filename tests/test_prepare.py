@@ -247,12 +247,15 @@ def test_an_empty_directory_is_filled(tmp_path):
     [
         ({"texts": []}, r"The corpus is empty; give a dataset or files with text in text_column 'text'\."),
         ({"block_size": 10**6}, r"One block needs 1000000 tokens, the training documents hold \d+; give more text or"),
-        ({"texts": TEXTS[:3], "validation_fraction": 1e-6}, "1e-06 held out none of 3 documents; raise it, or set it"),
+        (
+            {"texts": TEXTS[:1]},
+            r"validation_fraction 0\.1 cannot hold out a document of a corpus that has one: set it to 0",
+        ),
         ({"validation_fraction": 1.0}, r"validation_fraction must be at least 0 and below 1, got 1\.0\."),
         ({"block_size": 1}, "block_size must be at least 2"),
         ({"packing": "worst"}, "packing must be one of concat, best_fit, got 'worst'"),
     ],
-    ids=["empty", "short", "none held out", "fraction", "block_size", "packing"],
+    ids=["empty", "short", "one", "fraction", "block_size", "packing"],
 )
 def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -262,7 +265,7 @@ def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(tmp_path, options
 
 def test_a_corpus_of_blank_rows_says_how_many(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n')
-    with pytest.raises(ValueError, match=r"The corpus is empty \(2 rows were null or blank\)"):
+    with pytest.raises(ValueError, match=r"The corpus is empty \(2 of 2 rows have no text: 2 null or blank\)"):
         prepare(read_documents(data_files=str(tmp_path / "a.jsonl")), TOKENIZER, 16, tmp_path / "set", SOURCE)
 
 
@@ -315,10 +318,11 @@ def test_a_second_process_at_the_same_set_is_refused_and_the_first_one_ends_whol
     def overtaken():
         yield TEXTS[0]
         with pytest.raises(ValueError, match=r"part 0 of .*set\.partial is being prepared by another process"):
-            prepared(tmp_path / "set")
+            prepared(tmp_path / "set", **fraction)
         yield from TEXTS[1:]
 
-    assert prepared(tmp_path / "set", overtaken()) == prepared(tmp_path / "other")
+    fraction = {"validation_fraction": 0}  # else the first documents are looked at before the set is anyone's
+    assert prepared(tmp_path / "set", overtaken(), **fraction) == prepared(tmp_path / "other", **fraction)
     assert left(tmp_path) == ["other", "set"]
 
 
@@ -490,7 +494,9 @@ def test_a_worker_that_is_killed_is_one_sentence_with_a_remedy(tmp_path, monkeyp
             os.kill(ended[0].pid, signal.SIGKILL)
 
     monkeypatch.setattr(Progress, "reach", killed)
-    with pytest.raises(ValueError, match="a process that prepared was killed after 0 documents, .* num_proc below 2"):
+    with pytest.raises(
+        ValueError, match="a process that prepared was ended from outside by SIGKILL after 0 documents: start again"
+    ):
         prepare(read_documents(**source), TOKENIZER, 16, tmp_path / "set", SOURCE, 0.1, progress=False, num_proc=2)
     monkeypatch.undo()
     assert ended

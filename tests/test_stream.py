@@ -20,6 +20,7 @@ from smolpretrain.arguments import DataArguments, PretrainArguments
 from smolpretrain.data.read import documents as documents_module
 from smolpretrain.data.read import readers
 from smolpretrain.data.read.corpus import is_validation, read_documents
+from smolpretrain.data.read.forms.json_lines import JsonLines
 from smolpretrain.data.stream import STATE_FILE, open_stream
 
 BLOCK = 8
@@ -107,20 +108,20 @@ def test_going_on_reads_nothing_of_what_was_read(tmp_path, monkeypatch):
     take(stream, 0, 300)
     stream.save_state(tmp_path, 300)
     state = json.loads((tmp_path / STATE_FILE.format(0)).read_text())
-    positions, read = [], readers.JsonLines.read
+    positions, read = [], JsonLines.read
 
     def watched(self, position=None):
         for values, after in read(self, position):
             positions.append((id(self), position))
             yield values, after
 
-    monkeypatch.setattr(readers.JsonLines, "read", watched)
+    monkeypatch.setattr(JsonLines, "read", watched)
     resumed = opened(source)
     resumed.load_state(tmp_path)
     take(resumed, 300, 1)
     mine = {id(reader) for part in resumed._parts[0] for reader in part.readers}  # the first one's thread reads on
     first = next(position for reader, position in positions if reader in mine)
-    assert first == state["source"]["position"][1] > 900
+    assert first == state["source"]["position"][1] and first[0] > 900
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

@@ -191,7 +191,10 @@ def test_what_cannot_be_meant_is_said_by_its_key(texts, change, sentence):
     "text, sentence",
     [
         ("", r"^the held-out set wiki holds no text: name other files"),
-        ('{"text": " "}\n{"text": null}\n', r"^the held-out set wiki holds no text \(2 rows were null or blank\)"),
+        (
+            '{"text": " "}\n{"text": null}\n',
+            r"^the held-out set wiki holds no text \(2 of 2 rows have no text: 2 null or blank\)",
+        ),
         (
             '{"text": "a dog"}\n',
             r"^the held-out set wiki holds \d+ tokens, a row takes block_size = 16: give more text",

@@ -8,11 +8,13 @@ import numpy as np
 
 from smolpretrain.core.files import describe_file, sync
 
+from ..read.documents import Tally
 from .manifest import Manifest
 from .packing import Packer
 from .shards import COUNTED, TRAIN, SplitWriter, records
 
 UNIGRAM_COUNTS = "unigram_counts.npy"
+SKIPPED_ROWS = "skipped_rows.jsonl"
 
 
 def assemble(work: Path, target: Path, parts: int, manifest: Manifest) -> Manifest:
@@ -32,9 +34,11 @@ def assemble(work: Path, target: Path, parts: int, manifest: Manifest) -> Manife
         manifest.splits[split] = _join(work / "set", split, found, manifest)
     manifest.validation_documents = [record["texts"] for record in shards if record["texts"]]
     manifest.decontaminated = [record["dropped"] for record in shards if record["dropped"]]
+    _join_passed(work, [record["passed"] for record in shards if record.get("passed")])
     _sum_reports(manifest, [found[-1]["state"]["report"] for part in range(parts) if (found := records(work, part))])
     check_splits(manifest)
-    own = {name for split in manifest.splits.values() for name in split["files"]} | {UNIGRAM_COUNTS}
+    own = {SKIPPED_ROWS} if (work / "set" / SKIPPED_ROWS).exists() else set()
+    own |= {name for split in manifest.splits.values() for name in split["files"]} | {UNIGRAM_COUNTS}
     own |= {str(path.relative_to(work / "set")) for path in (work / "set").glob("tokenizer/*")}
     for name in sorted(own - set(files)):
         sync(work / "set" / name)
@@ -71,11 +75,22 @@ def _join(directory: Path, split: str, shards: list[dict], manifest: Manifest) -
     return entry
 
 
+def _join_passed(work: Path, names: list[str]) -> None:
+    """Lay the shards' lists of rows without text end to end, where there is one."""
+    if not names:
+        return
+    with open(work / "set" / SKIPPED_ROWS, "wb") as joined:
+        for name in names:
+            with open(work / name, "rb") as one:
+                shutil.copyfileobj(one, joined)
+
+
 def _sum_reports(manifest: Manifest, reports: list[dict]) -> None:
-    tallies = [report["tally"] for report in reports]
-    manifest.skipped_rows = sum(tally["skipped"] for tally in tallies)
-    if bad := sum(tally["bad"] for tally in tallies):
-        manifest.bad_rows = {"rows": bad, "first": next(t["first_bad"] for t in tallies if t["first_bad"])}
+    tally = Tally()
+    for report in reports:
+        tally.add(Tally(**report["tally"]))
+    manifest.rows, manifest.skipped_rows, manifest.missing_rows = tally.rows, tally.skipped, tally.missing
+    manifest.bad_rows = {"rows": tally.bad, "first": tally.first_bad} if tally.bad else {}
     for report in reports:
         manifest.mixture = report.get("mixture", manifest.mixture)
         for name, count in report["filtered"].items():
@@ -87,7 +102,7 @@ def check_splits(manifest: Manifest) -> None:
     held_out = sum(entry["documents"] for split, entry in manifest.splits.items() if split != TRAIN)
     documents = train["documents"] + (0 if own else held_out)
     if not documents:
-        blank = f" ({manifest.skipped_rows} rows were null or blank)" if manifest.skipped_rows else ""
+        blank = f" ({words})" if (words := manifest.tally.words) else ""
         column = f"text_column {manifest.source.get('text_column', 'text')!r}"
         if left_out := sum(manifest.filtered.values()):
             kinds = ", ".join(f"{name} {count:,}" for name, count in manifest.filtered.items())
@@ -105,8 +120,8 @@ def check_splits(manifest: Manifest) -> None:
             )
     if manifest.validation_fraction and not held_out:
         raise ValueError(
-            f"validation_fraction {manifest.validation_fraction} held out none of {documents} documents; "
-            "raise it, or set it to 0 to train without a held-out split."
+            f"validation_fraction {manifest.validation_fraction} held out none of {documents} documents: raise it, "
+            "or set it to 0 to train without a held-out split, and give another prepared_dir. What was encoded is kept."
         )
     if not train["blocks"]:
         raise ValueError(

@@ -11,19 +11,31 @@ from ..read.validation import HeldOut
 
 
 @dataclass
+class Beside:
+    """What was left out on the way, to be named in the set: contaminated documents, and rows without text."""
+
+    dropped: list[Dropped] = field(default_factory=list)
+    passed: list[dict] = field(default_factory=list)
+
+    def add(self, other: "Beside") -> None:
+        self.dropped += other.dropped
+        self.passed += other.passed
+
+
+@dataclass
 class Encoded:
     """A batch: texts, and their ids end to end, EOS after each; lengths counts it.
 
     Attributes:
         origins: For each document the number of its source in a mixture; None elsewhere.
-        dropped: Documents that were left out on the way here, to be named in the set.
+        beside: What was left out on the way here.
     """
 
     texts: list[str]
     ids: np.ndarray
     lengths: np.ndarray
     origins: np.ndarray | None = None
-    dropped: list[Dropped] = field(default_factory=list)
+    beside: Beside = field(default_factory=Beside)
 
     def keep(self, kept: np.ndarray) -> "Encoded":
         """Return the documents marked in kept, bool [documents]."""
@@ -31,7 +43,7 @@ class Encoded:
             return self
         texts = [text for text, stays in zip(self.texts, kept, strict=True) if stays]
         origins = None if self.origins is None else self.origins[kept]
-        return Encoded(texts, self.ids[np.repeat(kept, self.lengths)], self.lengths[kept], origins, self.dropped)
+        return Encoded(texts, self.ids[np.repeat(kept, self.lengths)], self.lengths[kept], origins, self.beside)
 
 
 @dataclass
@@ -95,7 +107,7 @@ class Source:
                 kept = list(filter(self._seen.is_new, texts))
                 self.count_duplicates(len(texts) - len(kept))
                 texts = kept
-            encoded = Encoded(texts, *self._encode(texts), dropped=dropped)
+            encoded = Encoded(texts, *self._encode(texts), beside=Beside(dropped, self._tally.take_passed()))
             self._position = batch.position
             yield encoded
             del batch, texts, encoded  # long texts must be gone before the next one is read
@@ -193,5 +205,5 @@ class Feed:
         if surplus:  # of the last one
             ids, lengths = batch.ids[:-surplus].copy(), batch.lengths.copy()
             ids[-1], lengths[-1] = batch.ids[-1], lengths[-1] - surplus
-            batch = Encoded(batch.texts, ids, lengths, batch.origins, batch.dropped)
+            batch = Encoded(batch.texts, ids, lengths, batch.origins, batch.beside)
         return batch

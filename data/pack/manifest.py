@@ -9,6 +9,8 @@ from pathlib import Path
 
 from smolpretrain.core.files import describe_file, write_json
 
+from ..read.documents import Tally
+
 FILE_NAME = "manifest.json"
 FORMAT_VERSION = 2
 VALIDATION = "validation"
@@ -42,8 +44,11 @@ class Manifest:
             its name); empty where nothing was asked.
         filtered: Documents left out by each kind of cleaning, and those that stand in held-out text of one's own.
         mixture: Documents, tokens and realised weight of each source of a mixture.
-        skipped_rows: Null or blank rows of the source.
-        bad_rows: Rows passed over because they were no text, and the first of them.
+        held_out_fraction: What validation_fraction was raised to so that a document is held out; None: it was not.
+        rows: Rows that were read.
+        skipped_rows: Rows of the source that were null, blank or without the column; missing_rows: of the last kind.
+        bad_rows: Rows passed over because they were no text, and the first of them. Both kinds are named in
+            skipped_rows.jsonl, at most 10,000 of a few megabytes of text.
         validation_documents: Files that hold the held-out texts.
         decontaminated: Files that name the documents left out because evaluation texts share words with them.
         files: For each file: bytes and sha256.
@@ -62,7 +67,10 @@ class Manifest:
     splits: dict[str, dict] = field(default_factory=dict)
     filtered: dict[str, int] = field(default_factory=dict)
     mixture: list[dict] = field(default_factory=list)
+    held_out_fraction: float | None = None
+    rows: int = 0
     skipped_rows: int = 0
+    missing_rows: int = 0
     bad_rows: dict = field(default_factory=dict)
     validation_documents: list[str] = field(default_factory=list)
     decontaminated: list[str] = field(default_factory=list)
@@ -102,6 +110,17 @@ class Manifest:
             f"{self.block_size}"
             for name, split in self.splits.items()
         )
+
+    @property
+    def held_out_below(self) -> float:
+        """The fraction by which documents are held out."""
+        return self.held_out_fraction or self.validation_fraction
+
+    @property
+    def tally(self) -> Tally:
+        """What was passed over."""
+        bad = self.bad_rows or {"rows": 0, "first": None}
+        return Tally(self.skipped_rows, bad["rows"], bad["first"], self.missing_rows, self.rows)
 
     @property
     def fingerprint(self) -> str:

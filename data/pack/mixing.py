@@ -9,7 +9,7 @@ import numpy as np
 from ..read.cleaning import Cleaner, Cleaning, Seen
 from ..read.documents import Documents, MixedDocuments, Shares, Tally
 from ..read.validation import HeldOut
-from .feed import Encoded, Source
+from .feed import Beside, Encoded, Source
 
 DRAWS = 4096  # documents at most in one batch
 
@@ -65,9 +65,7 @@ class Mixture:
         total = sum(drawn.counts["tokens"] for drawn in self._drawn)
         for drawn, name, weight in zip(self._drawn, self._mixed.names, self._mixed.weights, strict=True):
             read = drawn.source.report()
-            one = Tally(**read["tally"])
-            tally.skipped, tally.bad = tally.skipped + one.skipped, tally.bad + one.bad
-            tally.first_bad = tally.first_bad or one.first_bad
+            tally.add(Tally(**read["tally"]))
             for reason, number in read["filtered"].items():
                 filtered[reason] = filtered.get(reason, 0) + number
             if drawn.counts["duplicates"]:
@@ -82,20 +80,21 @@ class Mixture:
 
     def __iter__(self) -> Iterator[Encoded]:
         while self._ended_by is None:
-            dropped = []
+            beside = Beside()
             for number in range(len(self._drawn)):
-                if not self._refill(number, dropped):
+                if not self._refill(number, beside):
                     self._ended_by = number
                     break
-            yield self._draw(dropped)
+            yield self._draw(beside)
 
-    def _refill(self, number: int, dropped: list) -> bool:
+    def _refill(self, number: int, beside: Beside) -> bool:
         """Have a batch with something left in hand; False where the source has no more to give."""
         drawn = self._drawn[number]
         while drawn.batch is None or drawn.taken == len(drawn.batch.texts):
             drawn.before = drawn.source.state()
             drawn.batch, drawn.taken = next(drawn.batches, None), 0
-            dropped += [] if drawn.batch is None else drawn.batch.dropped
+            if drawn.batch is not None:
+                beside.add(drawn.batch.beside)
             if drawn.batch is None:
                 if not drawn.in_epoch or drawn.epoch + 1 >= self._mixed.max_epochs[number]:
                     return False
@@ -105,7 +104,7 @@ class Mixture:
                 drawn.batches = iter(drawn.source)
         return True
 
-    def _draw(self, dropped: list) -> Encoded:
+    def _draw(self, beside: Beside) -> Encoded:
         """Draw documents until a batch in hand is used up; none at the end."""
         taken = np.array([drawn.counts["drawn"] for drawn in self._drawn], dtype=np.float64)
         starts = [np.append(0, np.cumsum(drawn.batch.lengths)) if drawn.batch else [0] for drawn in self._drawn]
@@ -129,7 +128,7 @@ class Mixture:
             drawn.counts["drawn"] = int(tokens)
         lengths = np.array([len(document) for document in ids], dtype=np.int64)
         flat = np.concatenate(ids) if ids else np.empty(0, dtype=np.uint16)
-        return Encoded(texts, flat, lengths, np.array(origins, dtype=np.int64), dropped)
+        return Encoded(texts, flat, lengths, np.array(origins, dtype=np.int64), beside)
 
     def count(self, batch: Encoded) -> None:
         """Take note of what was kept of a batch."""

@@ -1,14 +1,13 @@
 """Partial: the directory of a set in the making, beside its place, and what may be done with it."""
 
 import contextlib
-import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from smolpretrain.core.files import write_json
+from smolpretrain.core.files import lock, write_json
 
 from .manifest import Manifest, check_identity, verify
 
@@ -28,9 +27,15 @@ def open_partial(target: Path, manifest: Manifest) -> Path:
     if path.exists():
         held = Manifest(**json.loads(path.read_text(encoding="utf-8")))
         check_identity(held, manifest, work)
+        manifest.held_out_fraction = held.held_out_fraction
     else:
         write_json(path, {key: value for key, value in asdict(manifest).items() if key != "reused"})
     return work
+
+
+def has_begun(target: Path) -> bool:
+    """Tell whether a preparation of a set began and did not end."""
+    return (partial_of(target) / "identity.json").exists()
 
 
 def prepared_already(target: Path, wanted: Manifest) -> Manifest | None:
@@ -48,14 +53,21 @@ def prepared_already(target: Path, wanted: Manifest) -> Manifest | None:
 
 
 @contextlib.contextmanager
-def in_use(work: Path) -> Iterator[None]:
+def in_use(work: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     """Remove a partial set that holds nothing to go on from, unless another process is at it."""
     with open(work / "in-use.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
+        locked = lock(file)
+        if not locked:
+            say(f"{work}: its storage has no locks: nothing keeps a second process away from it; start only one.")
         try:
             yield
         finally:
-            if work.exists() and not any(work.glob("shard-*.json")) and not (work / TOKENIZERS_ONLY).exists():
+            if (
+                locked
+                and work.exists()
+                and not any(work.glob("shard-*.json"))
+                and not (work / TOKENIZERS_ONLY).exists()
+            ):
                 with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock(file, alone=True)
                     shutil.rmtree(work)

@@ -5,7 +5,6 @@ unigram counts of each finished shard. A file without a record is of a shard tha
 """
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from smolpretrain.core.files import describe_file, sync, write_json
+from smolpretrain.core.files import describe_file, lock, sync, write_json
 
-from ..read.corpus import is_held_out
+from ..read.held_out import is_held_out
 from ..read.long_text import LongText
 from ..tokens.tokenization import token_dtype
 from .feed import Encoded, Feed
@@ -133,14 +132,17 @@ class ShardWriter:
         texts = documents_name("validation" if split == TRAIN else split)
         self._texts = JsonLinesWriter(work / "set" / f"{texts}-{self.name}.jsonl")
         self._dropped = JsonLinesWriter(work / "set" / f"decontaminated-{self.name}.jsonl")
+        self._passed = JsonLinesWriter(work / f"skipped_rows-{self.name}.jsonl")
 
     def add(self, batch: Encoded) -> None:
-        for dropped in batch.dropped:
+        for dropped in batch.beside.dropped:
             self._dropped.write(dropped.entry())
+        for row in batch.beside.passed:
+            self._passed.write(row)
         if not batch.texts:
             return
         sizes, held = np.empty(len(batch.texts), dtype=np.int64), np.zeros(len(batch.texts), dtype=bool)
-        fraction = self.manifest.validation_fraction
+        fraction = self.manifest.held_out_below
         for number, text in enumerate(batch.texts):
             utf8 = text.encode("utf-8")
             sizes[number], in_validation = len(utf8), self.split != TRAIN or (fraction and is_held_out(utf8, fraction))
@@ -168,15 +170,17 @@ class ShardWriter:
         paths = [self.work / "set" / split["file"] for split in splits.values() if split["file"]]
         paths += [writer.path for writer in (self._texts, self._dropped) if writer.opened]
         np.save(self.work / f"counts-{self.name}.npy", self._counts)
-        for path in [*paths, self.work / f"counts-{self.name}.npy"]:
+        beside = [self.work / f"counts-{self.name}.npy", *([self._passed.path] if self._passed.opened else [])]
+        for path in [*paths, *beside]:
             sync(path)
         record = {"splits": splits, "files": [describe_file(path) for path in paths], "bytes": self.bytes}
         record |= {"texts": self._texts.path.name if self._texts.opened else None, "backend": backend}
         record |= {"dropped": self._dropped.path.name if self._dropped.opened else None}
+        record |= {"passed": self._passed.path.name if self._passed.opened else None}
         write_json(self.work / f"shard-{self.name}.json", record | {"state": state, "last": last})
 
     def close(self) -> None:
-        for writer in (*self.splits, self._texts, self._dropped):
+        for writer in (*self.splits, self._texts, self._dropped, self._passed):
             writer.close()
 
 
@@ -244,7 +248,7 @@ def _alone(work: Path, part: int) -> Iterator[None]:
     """Hold a part's lock; the kernel lets it go with the process, however that ends."""
     with open(work / f"part-{part:05d}.lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, alone=True)
         except BlockingIOError:
             raise ValueError(
                 f"part {part} of {work} is being prepared by another process; wait for it, or end it."

@@ -1,7 +1,9 @@
 """Workers: the parts of a set, written by this process or shared out over several of this machine."""
 
+import contextlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -11,7 +13,7 @@ from pathlib import Path
 from smolpretrain.core.files import write_json
 
 from ..read.cleaning import Cleaning, Seen
-from ..read.corpus import is_validation
+from ..read.held_out import is_validation
 from ..read.validation import HeldOut
 from ..tokens.encoding import Disagreement, Encoder
 from . import shards
@@ -96,7 +98,7 @@ class Work:
         )
 
     def _is_held_out(self, text: str) -> bool:
-        return is_validation(text, self.manifest.validation_fraction)
+        return is_validation(text, self.manifest.held_out_below)
 
 
 def write_parts(work: Work, shard_index: int, num_shards: int, num_proc: int, progress: Progress) -> None:
@@ -106,26 +108,61 @@ def write_parts(work: Work, shard_index: int, num_shards: int, num_proc: int, pr
         ValueError: A process was killed, and what the parts' own reading and encoding raises.
     """
     numbers = range(shard_index, len(work.parts), num_shards)
+    if num_proc > max(1, len(numbers)):
+        parts = f"{len(numbers)} part{'s' if len(numbers) != 1 else ''}"
+        progress.say(
+            f"num_proc = {num_proc}: this text is {parts} to share out, so {len(numbers) or 'none'} work at it."
+        )
     num_proc = min(num_proc, len(numbers))
     with progress:
         if num_proc < 2:
             work.write(numbers, progress)
             return
         context = multiprocessing.get_context("spawn")
-        counts = context.Array("q", 3 * num_proc, lock=False)
+        counts, killed = context.Array("q", 3 * num_proc, lock=False), _killed_for_memory()
         with ProcessPoolExecutor(num_proc, context, _see_counts, (counts,)) as pool:
             shares = [pool.submit(_write_share, work, numbers, at, num_proc) for at in range(num_proc)]
+            processes = list(pool._processes.values())  # there is no other way to their exit statuses
             while wait(shares, SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION).not_done and not _failed(shares):
                 progress.reach(*(sum(counts[at::3]) for at in range(3)))
             try:
                 for share in shares:
                     share.result()
             except BrokenProcessPool:
-                raise ValueError(
-                    f"a process that prepared was killed after {progress.documents:,} documents, most often for want "
-                    f"of memory: start again to go on from the last finished shard, num_proc below {num_proc}."
-                ) from None
+                more = _killed_for_memory() > killed
+                raise ValueError(_what_ended(processes, more, progress.documents, num_proc)) from None
         progress.reach(*(sum(counts[at::3]) for at in range(3)))
+
+
+def _what_ended(processes: list, more_killed: bool, documents: int, num_proc: int) -> str:
+    """Say why a process ended that should not have; the pool ends the others by SIGTERM."""
+    for process in processes:
+        process.join(5)
+    codes = [process.exitcode for process in processes if process.exitcode not in (None, 0, -signal.SIGTERM)]
+    code = codes[0] if codes else -signal.SIGTERM
+    again = "start again to go on from the last finished shard"
+    if code == -signal.SIGKILL and more_killed:
+        return (
+            f"a process that prepared was killed by the kernel for want of memory after {documents:,} documents: "
+            f"{again}, num_proc below {num_proc}."
+        )
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"a process that prepared was ended from outside by {name} after {documents:,} documents: {again}."
+    return (
+        f"a process that prepared ended by itself with exit status {code} after {documents:,} documents; what it said "
+        f"stands above. num_proc=1 does without processes."
+    )
+
+
+def _killed_for_memory() -> int:
+    """Return how many processes the kernel has killed for want of memory, of this container where it says."""
+    for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
+        with contextlib.suppress(OSError):
+            for line in Path(path).read_text(encoding="utf-8").splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return 0
 
 
 def _failed(shares: list) -> bool:

@@ -4,6 +4,7 @@ import importlib
 import re
 import sqlite3
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from smolpretrain.core.files import describe_file
 
 from .corpus import find_files, read_documents
+from .forms.columns import NoColumn
 
 NGRAM_WORDS = 13  # GPT-3's (Brown et al. 2020, appendix C)
 WORD = re.compile(r"\w+")
@@ -20,13 +22,23 @@ WORD = re.compile(r"\w+")
 
 @dataclass
 class Cleaning:
-    """What is left out of a corpus; see `CorpusArguments` for each."""
+    """What is left out of a corpus; see `CorpusArguments` for each.
+
+    Evaluation texts stand in their files as the corpus' do, in text_column or by text_template, or in a column `text`.
+    """
 
     min_characters: int | None = None
     max_characters: int | None = None
     deduplicate: bool = False
     decontaminate: list[str] | None = None
     filters: list | None = None
+    text_column: str = "text"
+    text_template: str | None = None
+
+    @property
+    def column(self) -> tuple[str, str | None]:
+        """Where the text stands in a row: text_column and text_template."""
+        return self.text_column, self.text_template
 
     @property
     def by_text(self) -> bool:
@@ -35,7 +47,7 @@ class Cleaning:
 
     def describe(self) -> dict:
         """Return what decides the tokens, as JSON values: what was asked, and the evaluation files by hash."""
-        asked = {name: value for name, value in asdict(self).items() if value}
+        asked = {name: value for name, value in asdict(self).items() if value and not name.startswith("text_")}
         if self.decontaminate:
             asked["decontaminate"] = [describe_file(path) for path in find_files(self.decontaminate)]
         return asked
@@ -64,7 +76,7 @@ class Cleaner:
     def __init__(self, cleaning: Cleaning):
         self._shortest, self._longest = cleaning.min_characters or 0, cleaning.max_characters or float("inf")
         self._filters = [make_filter(spec) for spec in cleaning.filters or []]
-        self._evaluation = Decontaminator(cleaning.decontaminate) if cleaning.decontaminate else None
+        self._evaluation = Decontaminator(cleaning.decontaminate, *cleaning.column) if cleaning.decontaminate else None
 
     def __call__(self, texts: list[str], counts: dict[str, int]) -> tuple[list[str], list[Dropped]]:
         """Return the texts that stay and the contaminated ones; counts gains how many were left out for what."""
@@ -124,10 +136,10 @@ class Decontaminator:
     Attributes: too_short, evaluation texts of fewer words, which cannot be found.
     """
 
-    def __init__(self, files: list[str]):
+    def __init__(self, files: list[str], text_column: str = "text", text_template: str | None = None):
         self._ids, self._grams, self.too_short = {}, {}, 0
         for path in find_files(files):
-            for text in read_documents(data_files=[path]):
+            for text in _evaluation_texts(path, text_column, text_template):
                 words = WORD.findall(text.lower())
                 ids = np.array([self._ids.setdefault(word, len(self._ids) + 1) for word in words], dtype=np.uint64)
                 self.too_short += len(words) < NGRAM_WORDS
@@ -147,6 +159,15 @@ class Decontaminator:
             if file := self._grams.get(ids[at : at + NGRAM_WORDS].tobytes()):
                 return file, " ".join(words[at : at + NGRAM_WORDS])
         return None
+
+
+def _evaluation_texts(path: str, text_column: str, text_template: str | None) -> Iterable[str]:
+    try:
+        return read_documents(data_files=[path], text_column=text_column, text_template=text_template)
+    except NoColumn as error:
+        if text_column == "text" and text_template is None:
+            raise ValueError(f"decontaminate: {error}") from None
+        return read_documents(data_files=[path])
 
 
 def _mixed(ids: np.ndarray) -> np.ndarray:

@@ -1,103 +1,179 @@
 """Where text comes from: the built-in sample, local files, or a dataset of the Hub; always documents in one order."""
 
 import functools
-import glob
-import hashlib
 import logging
 import os
 import platform
-from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import dataclass, fields
 
-from smolpretrain.core.files import describe_file
+from smolpretrain.core.text import reason
 
+from . import files, hub
 from .builtin import builtin_documents
-from .documents import Documents, MixedDocuments, one_line
-from .long_text import LONG_BYTES, LongText
-from .readers import JSON_LINES, ROWS_PER_READ, JsonLines, Parquet, Rows, Stream
+from .documents import Documents, MixedDocuments, problem_of
+from .forms import opening
+from .forms.columns import Columns, NoColumn
+from .forms.json_lines import RemoteJson, open_json
+from .forms.tables import Arrow, Csv, Parquet
+from .forms.texts import Separated, TextFile
+from .held_out import is_held_out, is_validation
+from .readers import Damaged, Rows
 
-SOURCE = ("dataset_name", "dataset_config_name", "dataset_split", "dataset_revision", "data_files", "text_column")
-BUILDERS = dict.fromkeys((".jsonl", ".json", ".jsonl.gz", ".json.gz"), "json")
-BUILDERS |= {".parquet": "parquet", ".txt": "text", ".csv": "csv"}
+__all__ = ["builtin_documents", "describe_source", "find_files", "is_held_out", "is_validation", "read_documents"]
+MAX_DOCUMENT_BYTES = 2**29
+
+
+@dataclass
+class Source:
+    """Which text: one dataset, files, or nothing (the built-in text), and how a document stands in it.
+
+    Attributes:
+        dataset_name: Hub id, or a local directory in a layout that `datasets` knows, or that its save_to_disk left.
+        dataset_data_dir, dataset_data_files: A part of it: a folder, or paths and globs in it.
+        data_files: Paths, globs, directories and addresses (hf://, s3://, https://) of files; see `files.KINDS`. A row
+            is a document, or a text file is; kind after kind, each kind in sorted order, never materialised.
+        text_column, text_template: See `Columns`. A text file has none.
+        document_separator: What stands between the documents of a text file; None takes a file as one.
+        encoding: Of the files; None is UTF-8, with or without its mark.
+    """
+
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    dataset_split: str = "train"
+    dataset_revision: str | None = None
+    dataset_data_dir: str | None = None
+    dataset_data_files: str | list[str] | None = None
+    data_files: str | list[str] | None = None
+    text_column: str = "text"
+    text_template: str | None = None
+    document_separator: str | None = None
+    encoding: str | None = None
+
+    def __post_init__(self):
+        if self.dataset_name and self.data_files:
+            raise ValueError(
+                f"dataset_name {self.dataset_name!r} and data_files {self.data_files!r} are both given; keep one "
+                "(dataset_data_files names files of the dataset)."
+            )
+        if self.document_separator is not None:  # a command line has no other way to say a line end
+            plain = self.document_separator.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
+            self.document_separator = plain
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.text_column, self.text_template)
+
+    @property
+    def dataset(self) -> hub.Dataset:
+        part = self.dataset_data_files
+        part = [part] if isinstance(part, str) else part
+        names = (self.dataset_name, self.dataset_config_name, self.dataset_split, self.dataset_revision)
+        return hub.Dataset(*names, self.dataset_data_dir, part)
+
+    @property
+    def short_name(self) -> str:
+        """Name a source for people: no path of this machine, as the name stands in the manifest."""
+        if found := self.data_files:
+            return " ".join(map(os.path.basename, [found] if isinstance(found, str) else found))
+        name = self.dataset_name or "built-in"
+        name = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
+        return f"{name} {self.dataset_config_name}" if self.dataset_config_name else name
+
+    def describe(self, show: bool = False) -> dict:
+        """Say what text this is, for the manifest; see `describe_source`."""
+        how = {"text_column": self.text_column}
+        more = {name: getattr(self, name) for name in ("text_template", "document_separator", "encoding")}
+        how |= {name: value for name, value in more.items() if value is not None}
+        if self.data_files:
+            return {"data_files": files.describe(find_files(self.data_files, self.dataset_split), show)} | how
+        if self.dataset_name:
+            return self.dataset.describe(show) | how
+        return {"builtin": f"{platform.python_implementation()} {platform.python_version()} documentation"}
+
+
+SOURCE = tuple(item.name for item in fields(Source))
+
+
+@dataclass
+class Reading:
+    """How rows are judged, beside what a source says of itself."""
+
+    bad_rows: str = "error"
+    streaming: bool = False
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
 
 def read_documents(
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    dataset_split: str = "train",
-    dataset_revision: str | None = None,
-    data_files: str | list[str] | None = None,
-    text_column: str = "text",
     mixture: list[dict] | None = None,
     mixture_seed: int = 0,
     streaming: bool = False,
     bad_rows: str = "error",
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
+    **source,
 ) -> Documents | MixedDocuments:
     """Open the text that is asked for; everything that can be checked without reading it all is checked here.
 
     Args:
-        dataset_name: Hub id, or a local directory in a layout that `datasets` knows.
-        data_files: Paths or globs of .jsonl, .json, .jsonl.gz, .json.gz, .parquet, .csv (a row is a document) and
-            .txt (a file is a document), read kind after kind, each kind in sorted order, never materialised.
-        text_column: The column that holds the text. A .txt file has none.
-        mixture, mixture_seed: Several sources by share of tokens, each with the arguments above, weight and
+        mixture, mixture_seed: Several sources by share of tokens, each with the arguments of `Source`, weight and
             max_epochs; see `MixedDocuments`.
         streaming: Read a Hub dataset as it comes, nothing kept on the disk. Files always are.
         bad_rows: See `Documents`.
+        max_document_bytes: A longer line or document is a bad row: memory stays bounded, whatever a file unpacks to.
+        source: See `Source`.
 
     Returns:
-        Iterator of documents, none blank, all UTF-8; `.skipped` counts the blank rows. The built-in text if neither
-        dataset_name nor data_files is given.
+        Iterator of documents, none blank, all UTF-8; `.tally` counts the rows that are none, `.said` says what was
+        taken. The built-in text if neither dataset_name nor data_files is given.
 
     Raises:
         ValueError: Missing file, unknown kind, missing column or split, dataset out of reach. While iterating: see
             `Documents`.
     """
-    if dataset_name and data_files:
-        raise ValueError(f"dataset_name {dataset_name!r} and data_files {data_files!r} are both given; keep one.")
-    if mixture:
-        return _mixed(mixture, mixture_seed, streaming, bad_rows)
+    reading = Reading(bad_rows, streaming, max_document_bytes)
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # our sentence says what they would
-    if dataset_name:
-        names = (dataset_name, dataset_config_name, dataset_split, dataset_revision)
-        return Documents([_dataset_reader(*names, text_column, streaming)], bad_rows)
-    if data_files:
-        return Documents([_file_reader(path, text_column) for path in find_files(data_files)], bad_rows)
-    return Documents([Rows("built-in text", builtin_documents)], bad_rows)
+    return _mixed(mixture, mixture_seed, reading) if mixture else _opened(Source(**source), reading)
 
 
-def _mixed(mixture: list[dict], seed: int, streaming: bool, bad_rows: str) -> MixedDocuments:
+def _opened(source: Source, reading: Reading) -> Documents:
+    said = []
+
+    def open_one(path: str, look: bool = True):
+        return open_file(path, source, reading, look)
+
+    if source.dataset_name:
+        readers = source.dataset.readers(source.columns, reading.streaming, open_one, said)
+    elif source.data_files:
+        found = files.find(source.data_files, source.dataset_split)
+        said += found.said
+        readers = list(map(open_one, found.paths))
+    else:
+        readers = [Rows("built-in text", builtin_documents)]
+    return Documents(readers, reading.bad_rows, said)
+
+
+def _mixed(mixture: list[dict], seed: int, reading: Reading) -> MixedDocuments:
     """Open a mixture's sources; what is wrong with one names it by its place."""
     made = MixedDocuments([], [], [], [], seed)
     for number, entry in enumerate(mixture):
         try:
             source, weight, max_epochs = _entry(entry)
-            made.sources.append(read_documents(**source, streaming=streaming, bad_rows=bad_rows))
+            made.sources.append(_opened(source, reading))
         except ValueError as error:
             raise ValueError(f"mixture[{number}]: {error}") from error
-        made.names.append(_short_name(source))
+        made.names.append(source.short_name)
         made.weights.append(weight)
         made.max_epochs.append(max_epochs)
     made.weights = [weight / sum(made.weights) for weight in made.weights]
     return made
 
 
-def _short_name(source: dict) -> str:
-    """Name a source for people: no path of this machine, as the name stands in the manifest."""
-    if files := source.get("data_files"):
-        return " ".join(map(os.path.basename, [files] if isinstance(files, str) else files))
-    name = source.get("dataset_name") or "built-in"
-    name = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
-    return f"{name} {config}" if (config := source.get("dataset_config_name")) else name
-
-
-def _entry(entry: dict) -> tuple[dict, float, int]:
+def _entry(entry: dict) -> tuple[Source, float, int]:
     """Return (source, weight, max_epochs) of one entry of a mixture."""
     known = (*SOURCE, "weight", "max_epochs")
     for key in entry:
         if key not in known:
             raise ValueError(f"{key} is not a key of a source; there are {', '.join(known)}.")
-    source = {name: entry[name] for name in SOURCE if name in entry}
+    source = Source(**{name: entry[name] for name in SOURCE if name in entry})
     weight, max_epochs = entry.get("weight"), entry.get("max_epochs", 1)
     if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
         raise ValueError(f"weight must be a number above 0, a share of the tokens, got {weight!r}.")
@@ -106,173 +182,80 @@ def _entry(entry: dict) -> tuple[dict, float, int]:
     return source, float(weight), max_epochs
 
 
-def find_files(data_files: str | list[str]) -> list[str]:
-    """Expand paths and globs to files, each once, sorted by kind and then by path.
+def find_files(data_files: str | list[str], split: str = "train") -> list[str]:
+    """Return the files that are named, each once, in the order of reading; see `files.find`."""
+    return files.find(data_files, split).paths
 
-    Raises:
-        ValueError: Nothing matches, a directory, or a kind of file that cannot be read.
+
+class _BadRow(ValueError):
+    """A row among a file's first ones is no text; the whole sentence."""
+
+
+def open_file(path: str, source: Source, reading: Reading, look: bool = True):
+    """Return a file's reader. look: See that it opens and has the columns, and of JSON that the first rows can be read.
+
+    Raises ValueError where it does not; where bad rows are passed over, such a file is one of them.
     """
-    found = {}
-    for pattern in [data_files] if isinstance(data_files, str) else data_files:
-        expanded = os.path.expanduser(pattern)
-        paths = [expanded] if os.path.exists(expanded) else glob.glob(expanded, recursive=True)
-        paths = [path for path in paths if not os.path.isdir(path)]
-        if not paths:
-            hint = f"it is a directory, give {pattern}/*.jsonl" if os.path.isdir(expanded) else "check the path"
-            raise ValueError(f"data_files: no file matches {pattern}; {hint}.")
-        found |= {os.path.normpath(path): _builder(path) for path in paths}
-    return sorted(found, key=lambda path: (found[path], path))
-
-
-def _builder(path: str) -> str:
-    extension = next((end for end in BUILDERS if path.lower().endswith(end)), None)
-    if extension is None:
-        raise ValueError(f"data_files: {path} is not of a kind that can be read; it must end in {', '.join(BUILDERS)}.")
-    return BUILDERS[extension]
-
-
-def _file_reader(path: str, text_column: str):
-    """Check that a file opens and has the column; return its reader: direct where speed counts, else `datasets`."""
-    builder = _builder(path)
-    if os.path.getsize(path) == 0:
+    kind = files.kind_of(path)
+    if not opening.is_remote(path) and os.path.getsize(path) == 0:
         return Rows(path, list, 0)
     try:
-        if builder == "text":
-            return Rows(path, functools.partial(_whole_text, path), os.path.getsize(path))
-        if builder == "parquet":
-            reader = Parquet(path, text_column)
-            columns = reader.columns()
-        elif path.lower().endswith(JSON_LINES):
-            reader = JsonLines(path, text_column)
-            columns = reader.columns()
-        else:
-            dataset = _built(path, text_column)
-            columns = dataset.column_names or list(next(iter(dataset), {}))
-            reader = Rows(path, functools.partial(_built_column, path, text_column), os.path.getsize(path))
-    except Exception as error:
-        reason = one_line(error)
-        raise ValueError(f"{path}: cannot be read as {builder} ({reason}); repair it or leave it out.") from error
-    _check_column(path, text_column, columns)
+        return _reader(path, kind, source, reading, look)
+    except (NoColumn, _BadRow):
+        raise
+    except Exception as error:  # pyarrow, zlib, csv, fsspec and others raise their own
+        if reading.bad_rows == "skip" and not opening.is_remote(path):
+            return Rows(path, functools.partial(_damaged, reason(error)), 0)
+        raise ValueError(f"{path}: cannot be read as {kind} ({reason(error)}); repair it or leave it out.") from error
+
+
+def _damaged(words: str) -> list:
+    return [Damaged(words)]
+
+
+def _reader(path: str, kind: str, source: Source, reading: Reading, look: bool):
+    columns, how = source.columns, (reading.max_document_bytes, source.encoding)
+    if kind == "text":
+        if look:
+            opening.beginning(path, source.encoding, 1)
+        return (
+            TextFile(path, *how)
+            if source.document_separator is None
+            else Separated(path, source.document_separator, *how)
+        )
+    if kind == "json":
+        if not look:
+            return RemoteJson(path, columns, *how)
+        reader, rows = open_json(path, columns, *how)
+        _check_rows(path, rows, columns, reading.bad_rows)
+        return RemoteJson(path, columns, *how) if opening.is_remote(path) else reader
+    reader = {"csv": Csv(path, columns, *how), "parquet": Parquet(path, columns), "arrow": Arrow(path, columns)}[kind]
+    if look:
+        columns.check(path, reader.column_names())
     return reader
 
 
-def _whole_text(path: str) -> list[str | LongText]:
-    if os.path.getsize(path) > LONG_BYTES:
-        return [LongText(Path(path).read_bytes())]
-    with open(path, encoding="utf-8", newline="") as file:
-        return [file.read()]
+def _check_rows(path: str, rows: list, columns: Columns, bad_rows: str) -> None:
+    """Raise ValueError where a file's first rows do not have the columns, or one of them cannot be read."""
+    bad = next(((number, row) for number, row in enumerate(rows, 1) if isinstance(row, Damaged)), None)
+    if bad is not None and bad_rows == "error":
+        sentence = f"{path}: row {bad[0]} {problem_of(bad[1])}"
+        raise _BadRow(f"{sentence} (bad_rows=skip passes such rows over and counts them).")
+    columns.check(path, list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)))
 
 
-def _built(path: str, text_column: str):
-    from datasets import load_dataset
-
-    options = {}
-    if (builder := _builder(path)) == "csv":  # "NA" and "12" are text here, not a missing value and a number
-        options = {"keep_default_na": False, "converters": {text_column: str}}
-    escaped = glob.escape(os.path.abspath(path))  # load_dataset would read [ and * in a file's name as a pattern
-    return load_dataset(builder, data_files={"train": escaped}, split="train", streaming=True, **options)
-
-
-def _built_column(path: str, column: str):
-    return _column(_built(path, column), column)
-
-
-def _column(dataset, column: str):
-    for rows in dataset.select_columns([column]).iter(batch_size=ROWS_PER_READ):
-        yield from rows[column]
-
-
-def _check_column(name: str, column: str, columns: Iterable[str] | None) -> None:
-    if columns and column not in columns:
-        raise ValueError(f"{name}: no column {column!r}; set text_column to one of {', '.join(map(str, columns))}.")
-
-
-def _dataset_reader(name: str, config: str | None, split: str, revision: str | None, column: str, streaming: bool):
-    """Check a Hub dataset's (or local directory's) split and column before any text is downloaded, where it says."""
-    from datasets import get_dataset_split_names, load_dataset, load_dataset_builder
-
-    try:
-        info = load_dataset_builder(name, config, revision=revision).info
-        splits = list(info.splits or get_dataset_split_names(name, config, revision=revision))
-    except Exception as error:
-        raise ValueError(
-            f"dataset_name {name!r}{f' ({config})' if config else ''} cannot be loaded ({one_line(error)}); check the "
-            "name, dataset_config_name, dataset_revision and the network, and run `hf auth login` if it is gated."
-        ) from error
-    if split.split("[")[0].split("+")[0] not in splits:
-        raise ValueError(f"{name}: there is no split {split!r}; set dataset_split to one of {', '.join(splits)}.")
-    _check_column(name, column, info.features)
-    streaming = streaming or os.path.isdir(name)
-    if streaming and "[" in split:
-        raise ValueError(f"dataset_split {split!r}: a stream has no slices; name a whole split and set max_documents.")
-    try:
-        dataset = load_dataset(name, config, split=split, revision=revision, streaming=streaming)
-        columns = dataset.column_names or list(next(iter(dataset), {}))
-    except Exception as error:
-        raise ValueError(f"{name}: split {split!r} cannot be loaded ({one_line(error)}).") from error
-    _check_column(name, column, columns)
-    if streaming:
-        return Stream(name, dataset, column)
-    dataset = dataset.select_columns([column])
-    return Rows(
-        name,
-        functools.partial(_column, dataset, column),
-        dataset.data.nbytes,
-        skip=functools.partial(_column_from, dataset, column),
-    )
-
-
-def _column_from(dataset, column: str, first: int):
-    return _column(dataset.select(range(min(first, len(dataset)), len(dataset))), column)
-
-
-def describe_source(
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    dataset_split: str = "train",
-    dataset_revision: str | None = None,
-    data_files: str | list[str] | None = None,
-    text_column: str = "text",
-    mixture: list[dict] | None = None,
-    mixture_seed: int = 0,
-) -> dict:
+def describe_source(mixture: list[dict] | None = None, mixture_seed: int = 0, show: bool = False, **source) -> dict:
     """Say what text this is, for the manifest: JSON values, no absolute path. Arguments as in `read_documents`.
+
+    show: A bar while files are hashed.
 
     Returns:
         The built-in text: the Python that carries it. Files: name, bytes and sha256 of each, in the order of reading.
         A mixture: that of each source, its weight and max_epochs, and the seed.
         A Hub dataset: its names, and `dataset_commit` (None where the Hub cannot be asked), or a directory's files.
     """
-    if mixture:
-        described = [
-            {"source": describe_source(**source), "weight": weight, "max_epochs": max_epochs}
-            for source, weight, max_epochs in map(_entry, mixture)
-        ]
-        return {"mixture": described, "mixture_seed": mixture_seed}
-    if data_files:
-        return {"data_files": [describe_file(path) for path in find_files(data_files)], "text_column": text_column}
-    if not dataset_name:
-        return {"builtin": f"{platform.python_implementation()} {platform.python_version()} documentation"}
-    names = {"dataset_name": dataset_name, "dataset_config_name": dataset_config_name, "dataset_split": dataset_split}
-    names |= {"dataset_revision": dataset_revision, "text_column": text_column}
-    if os.path.isdir(dataset_name):
-        paths = sorted(path for path in Path(dataset_name).rglob("*") if path.is_file())
-        names["dataset_name"] = os.path.basename(os.path.abspath(dataset_name))
-        return names | {"files": [describe_file(path) for path in paths]}
-    from huggingface_hub import HfApi
-
-    try:
-        commit = HfApi().dataset_info(dataset_name, revision=dataset_revision, timeout=10).sha
-    except Exception:  # offline with a cached copy: the names still say which
-        commit = None
-    return names | {"dataset_commit": commit}
-
-
-def is_validation(text: str, fraction: float) -> bool:
-    """Tell whether a document is among the held-out fraction: by sha256 of its UTF-8, so identical ones never part."""
-    return is_held_out(text.encode("utf-8"), fraction)
-
-
-def is_held_out(utf8: bytes, fraction: float) -> bool:
-    """`is_validation` of a text already in UTF-8."""
-    return int.from_bytes(hashlib.sha256(utf8).digest()[:8], "big") < fraction * 2**64
+    if not mixture:
+        return Source(**source).describe(show)
+    entries = map(_entry, mixture)
+    described = [{"source": one.describe(show), "weight": weight, "max_epochs": most} for one, weight, most in entries]
+    return {"mixture": described, "mixture_seed": mixture_seed}

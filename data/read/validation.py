@@ -12,6 +12,7 @@ from .documents import Documents, Tally
 from .long_text import LongText
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+FORM = ("text_column", "text_template")
 TRIED_TOGETHER = 64  # documents that are encoded at once until a set is known to fill a row
 CHARACTERS_A_TOKEN = 64  # no text has more on average; of a longer document only so much is encoded for that
 
@@ -60,17 +61,18 @@ def name_sets(validation_files, validation_split, source: dict) -> dict[str, dic
 def _files(value, source: dict) -> dict:
     """Return the source of one set: files are read as the training text is; an object says it all by itself."""
     if not isinstance(value, dict):
-        elsewhere = {"dataset_name": None, "dataset_config_name": None, "dataset_revision": None}
+        elsewhere = dict.fromkeys(name for name in source if name.startswith("dataset_") or name == "mixture")
         return source | elsewhere | {"dataset_split": "train", "data_files": value}
     for key in value:
         if key not in SOURCE:
             raise ValueError(f"validation_files: {key} is not a key of a source; there are {', '.join(SOURCE)}.")
-    return {"text_column": source["text_column"]} | value
+    inherited = ("document_separator", "encoding", *(FORM if not value.keys() & set(FORM) else ()))
+    return {name: source[name] for name in inherited if name in source} | value
 
 
-def open_sets(sets: dict[str, dict], bad_rows: str = "error", streaming: bool = False) -> dict[str, Documents]:
+def open_sets(sets: dict[str, dict], **judging) -> dict[str, Documents]:
     """Open the sets of `name_sets`. Raises ValueError as `read_documents`, naming the user's key and the set."""
-    return _each(sets, functools.partial(read_documents, bad_rows=bad_rows, streaming=streaming))
+    return _each(sets, functools.partial(read_documents, **judging))
 
 
 def describe_sets(sets: dict[str, dict]) -> dict[str, dict]:
@@ -136,7 +138,7 @@ def read_over(sets: dict[str, Documents], encode: Callable, block_size: int | No
                 texts = [str(text[: CHARACTERS_A_TOKEN * wanted]) for text in batch.texts[at : at + TRIED_TOGETHER]]
                 tokens += sum(map(len, encode(texts)))
         if len(hashes) == before:
-            blank = f" ({tally.skipped} rows were null or blank)" if tally.skipped else ""
+            blank = f" ({tally.words})" if tally.words else ""
             raise ValueError(f"the held-out set{said} holds no text{blank}: name other files, or leave it out.")
         if tokens < wanted:
             raise ValueError(
