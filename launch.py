@@ -57,6 +57,17 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+def by_this_python(command):
+    """The launcher's script beside this Python, run by it: a first line cannot name a Python whose path has a space.
+
+    pip writes that path into deepspeed's as it is, and the kernel cuts it at the space.
+    """
+    script = Path(sys.executable).parent / Path(command[0]).name
+    if command[0] != script.name or not script.is_file() or b"python" not in script.open("rb").readline():
+        return command
+    return [sys.executable, str(script), *command[1:]]
+
+
 def run(command, heard):
     """Run the launcher in a session of its own; returns its ranks' exit status.
 
@@ -65,7 +76,7 @@ def run(command, heard):
     """
     path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"
     child = subprocess.Popen(
-        command, start_new_session=True, preexec_fn=die_with_parent, env=os.environ | {"PATH": path}
+        by_this_python(command), start_new_session=True, preexec_fn=die_with_parent, env=os.environ | {"PATH": path}
     )
     known, told, orphaned = set(), set(), False
     while child.poll() is None or known & ranks(child.pid).keys():

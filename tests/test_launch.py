@@ -13,6 +13,7 @@ import time
 import pytest
 from conftest import BIN, ROOT, free_port
 
+from smolpretrain import launch
 from smolpretrain.core import status as statuses
 
 LOOP = "import sys; from smolpretrain import launch; launch.PAUSE_SECONDS = {}; sys.exit(launch.main(sys.argv[1:]))"
@@ -109,6 +110,17 @@ def test_a_signal_between_two_starts_ends_it(loop, tmp_path):
     assert "starting again" in process.stdout.readline()
     os.kill(process.pid, signal.SIGTERM)
     assert ended(process, tmp_path)[:2] == (75, 1)
+
+
+def test_a_launcher_in_an_environment_whose_path_has_a_space_is_started(tmp_path, monkeypatch):
+    """pip writes the interpreter's path into the first line of deepspeed's script without quoting it."""
+    here = tmp_path / "my models" / ".venv" / "bin"
+    here.mkdir(parents=True)
+    (here / "python").symlink_to(sys.executable)
+    (here / "deepspeed").write_text(f"#!{here / 'python'}\nimport sys\nsys.exit(len(sys.argv))\n")
+    (here / "deepspeed").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(here / "python"))
+    assert launch.main(["deepspeed", "run_pretrain.py", "a", "b", "c", "d"]) == 6
 
 
 MACHINES = {  # a line of docs/launching.md: what is smaller of it, the recipe aside, for machine n of 2

@@ -3,9 +3,12 @@
 import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import BIN, ROOT
 
 TOOL = """#!/bin/sh
 echo "$0 $*" >> "$LOG"
@@ -13,6 +16,33 @@ case "$*" in
     "-m venv "*) for d in "$3"; do mkdir -p "$d/bin"; cp "$0" "$d/bin/python"; cp "$0" "$d/bin/pip"; done;;
 esac
 """
+
+
+LINK = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+runpy.run_path(sys.argv[2] + "/in_place.py")
+from smolpretrain import ds_configs
+from torch.utils import cpp_extension
+assert " " in cpp_extension.TORCH_LIB_PATH
+ds_configs.link_where_paths_have_spaces()
+ds_configs.link_where_paths_have_spaces()
+cpp_extension.load("one", ["one.cpp"], is_python_module=False)
+"""
+
+
+@pytest.mark.slow
+def test_an_extension_links_where_torch_lies_in_a_path_with_a_space(tmp_path):
+    """What DeepSpeed does on a CPU; torch quotes what it includes, and not where its libraries are."""
+    packages, built = tmp_path / "my models" / "packages", tmp_path / "my models" / "built"
+    built.mkdir(parents=True)
+    packages.symlink_to(Path(torch.__file__).parents[1])
+    (tmp_path / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    subprocess.run(
+        [sys.executable, "-c", LINK, packages, ROOT], cwd=tmp_path, check=True, timeout=600,
+        env=os.environ | {"TORCH_EXTENSIONS_DIR": str(built), "PATH": f"{BIN}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert list(built.rglob("one.so"))
 
 
 @pytest.mark.parametrize(
