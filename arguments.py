@@ -63,8 +63,9 @@ class ModelArguments:
     attn_implementation: str = field(
         default="auto",
         metadata={
-            "help": f"One of {', '.join(ATTENTION)}. auto takes the fastest that is there: on CUDA flash-attn 4 or 3 "
-            "where installed, else varlen, torch's own flash kernel; elsewhere sdpa. The run says which."
+            "help": f"One of {', '.join(ATTENTION)}. The default takes the fastest that is there. On CUDA that is "
+            "flash-attn 4 or 3 where installed, else varlen, torch's own flash kernel; elsewhere sdpa. The run says "
+            "which."
         },
     )
 

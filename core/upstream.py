@@ -6,6 +6,7 @@ when one of them moves, so that an upgrade is this file's work. setup.cfg bounds
 the plan and the check of DeepSpeed's files need it too.
 """
 
+import shlex
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import islice
@@ -167,6 +168,14 @@ def extension_directory(name: str) -> Path:
     from torch.utils.cpp_extension import _get_build_directory
 
     return Path(_get_build_directory(name, verbose=False))
+
+
+def link_where_paths_have_spaces() -> None:
+    """torch writes its library directory into the linker's command as it is, which a space would cut in two."""
+    from torch.utils import cpp_extension
+
+    if Path(cpp_extension.TORCH_LIB_PATH).is_dir():  # not quoted yet
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
 
 
 def compile_modes() -> list[str]:

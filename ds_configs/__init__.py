@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shlex
 import shutil
 import socket
 import sysconfig
@@ -71,14 +70,6 @@ def _someone_works_in(directory):
     return False
 
 
-def link_where_paths_have_spaces():
-    """torch writes its library directory into the linker's command as it is (2.13), which a space would cut in two."""
-    from torch.utils import cpp_extension
-
-    if Path(cpp_extension.TORCH_LIB_PATH).is_dir():  # not quoted yet
-        cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
-
-
 def _check_build(args):
     """On a CPU DeepSpeed builds an extension: with a compiler, Python's headers, and a directory to write to."""
     said = f"deepspeed = {args.deepspeed} builds a small extension on a CPU"
@@ -93,7 +84,7 @@ def _check_build(args):
             f"{said}, and {missing} is missing: install it "
             "(Debian: apt-get install g++ python3-dev), or train without DeepSpeed: deepspeed=null."
         )
-    link_where_paths_have_spaces()
+    upstream.link_where_paths_have_spaces()
     try:
         directory = upstream.extension_directory(upstream.DEEPSPEED_EXTENSION)
         with tempfile.TemporaryFile(dir=directory):  # built or not, torch's lock is a file there

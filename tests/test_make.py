@@ -22,11 +22,11 @@ LINK = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1])
 runpy.run_path(sys.argv[2] + "/in_place.py")
-from smolpretrain import ds_configs
+from smolpretrain.core import upstream
 from torch.utils import cpp_extension
 assert " " in cpp_extension.TORCH_LIB_PATH
-ds_configs.link_where_paths_have_spaces()
-ds_configs.link_where_paths_have_spaces()
+upstream.link_where_paths_have_spaces()
+upstream.link_where_paths_have_spaces()
 cpp_extension.load("one", ["one.cpp"], is_python_module=False)
 """
 
