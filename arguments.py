@@ -248,14 +248,16 @@ class PretrainArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Tokens a chunk of the training loss, so that the full logits are never built. Default: as many "
-            "as have 2^25 logits (128 MiB in fp32). 0 uses the model's own loss, as ZeRO-3 and Liger do by themselves."
+            "as have 2^25 logits (128 MiB in fp32), on CUDA a fortieth of its memory. 0 uses the model's own loss, as "
+            "ZeRO-3 and Liger do by themselves."
         },
     )
 
     def __post_init__(self):
         limits.check(self)
-        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
-            self.activation_checkpointing = True  # recomputes activations: slower, far less memory
+        self.checkpointing_unsaid = self.activation_checkpointing is None and self.gradient_checkpointing is None
+        if self.checkpointing_unsaid:  # recomputes activations: slower, far less memory; a GPU's plan may leave it out
+            self.activation_checkpointing = True
         if isinstance(self.deepspeed, str):
             self.deepspeed = None if self.deepspeed.lower() in ("", "none", "null") else ds_configs.find(self.deepspeed)
         if not torch.accelerator.is_available():

@@ -337,6 +337,8 @@ def story(argv):
         checkpoint = choose_checkpoint(args, run)
         if checkpoint and data_args.trains_from_stream:
             sets[0].load_state(checkpoint)
+        if sentence := start.settle_checkpointing(args, config.to_dict(), resolve(arguments), kernel):
+            say(sentence)
         resolved = resolve(arguments)
         if RANK == 0:
             planned, plan = start.plan(config.to_dict(), resolved, args.device, args.world_size, kernel)

@@ -25,7 +25,7 @@ def make(config, values, device, *, ranks=1, nodes=1, extra=None, deepspeed=None
         {model, data, devices, compute, memory, time, contradictions} of JSON values; scaling too where asked.
     """
     extra = extra or {}
-    setup = set_up(config, values, deepspeed, ranks, cuda=device.name != "cpu")
+    setup = set_up(config, values, deepspeed, ranks, cuda=device.name != "cpu", gpu_bytes=device.memory_bytes)
     counted, flops = counting.count(config), counting.flops(config, values["block_size"])
     plan = {
         "model": _model(config, values, counted),
@@ -54,7 +54,7 @@ def make(config, values, device, *, ranks=1, nodes=1, extra=None, deepspeed=None
     return plan
 
 
-def set_up(config, values, deepspeed, ranks, cuda):
+def set_up(config, values, deepspeed, ranks, cuda, gpu_bytes=None):
     """memory.Setup of the arguments; numbers that the DeepSpeed JSON leaves to "auto" are Trainer's."""
     zero = (deepspeed or {}).get("zero_optimization", {})
     hidden = config["hidden_size"]
@@ -86,7 +86,7 @@ def set_up(config, values, deepspeed, ranks, cuda):
         attention=attention,
         packed=values["intra_document_masking"],
         loss="liger" if values.get("use_liger_kernel") else "plain" if plain else "chunked",
-        chunk=chunk or None,
+        chunk=chunk or (memory.gpu_chunk(config["vocab_size"], gpu_bytes) if cuda and gpu_bytes else None),
         cuda=cuda,
         gradient_bytes=gradient_bytes(values, deepspeed),
         all_reduce=zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True),

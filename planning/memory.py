@@ -11,7 +11,7 @@ from smolpretrain.core import architectures
 
 from . import counting
 
-CHUNK_LOGITS = 2**25  # as training/loss.py fills a chunk
+CHUNK_LOGITS, GPU_SHARE = 2**25, 40  # as training/loss.py fills a chunk, and its share of a GPU's memory
 BLOCK, SMALLEST_8BIT = 256, 4096  # bitsandbytes: elements an absmax, elements below which the state stays 32-bit
 QMAP = 256 * 4  # its tables of quantized values, one of signed and one of unsigned ones, held once
 # What a CPU run holds besides, measured by benchmarks/plan_memory.py: the libraries' own pools and the data's buffers,
@@ -228,6 +228,11 @@ def activations(setup):
     if setup.checkpointing:
         return layers * stream * tokens * setup.config["hidden_size"] + _cast_weights(setup) + last
     return layers * layer_activations(setup) + last
+
+
+def gpu_chunk(vocab_size, gpu_bytes):
+    """Tokens of a chunk on a GPU, as training/loss.py's default_chunk; a logit and its gradient take four bytes."""
+    return 2 ** (max(1, int(gpu_bytes) // GPU_SHARE // 4 // vocab_size).bit_length() - 1)
 
 
 def chunk_tokens(setup):

@@ -16,8 +16,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from smolpretrain import plan as plan_command
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 from smolpretrain.core.architectures import BUILT_IN, built_in, load_config
-from smolpretrain.core.words import parse_args
+from smolpretrain.core.words import parse_args, resolve
 from smolpretrain.planning import assemble, contradictions, cost, counting, cpu, hardware, laws, machines, memory, start
+from smolpretrain.training import loss
 
 ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)
 RECIPES = [ROOT / "args.json", *sorted((ROOT / "configs").glob("*.json"))]
@@ -585,3 +586,24 @@ def test_the_fields_are_those_of_the_run_with_its_defaults():
             if each.init and each.default is not MISSING:
                 assert values[each.name] == each.default, each.name
     assert assemble.checkpoints(values) and not assemble.checkpoints(values | {"gradient_checkpointing": False})
+
+
+def test_the_plan_counts_the_chunk_of_the_loss_that_a_gpu_would_take():
+    for gib in (1, 16, 24, 80, 141):
+        assert memory.gpu_chunk(49152, gib * 2**30) == loss.default_chunk(49152, gib * 2**30)
+
+
+@pytest.mark.parametrize(("model", "said", "left_out"), [
+    ("smollm2-135m", None, True), ("smollm2-135m", True, False), ("smollm2-1.7b", None, False),
+])  # fmt: skip
+def test_activation_checkpointing_is_left_out_on_a_gpu_where_the_plan_fits_without_it(
+    monkeypatch, model, said, left_out
+):
+    """1.7B with 16 rows of 2,048 keeps more than 80 GB of activations."""
+    monkeypatch.setattr(hardware, "this_device", lambda device: hardware.find("H100-SXM"))
+    args = PretrainArguments(activation_checkpointing=said, per_device_train_batch_size=16, deepspeed=None)
+    values = resolve((ModelArguments(model_name=model), DataArguments(block_size=2048), args))
+    monkeypatch.setattr(type(args), "device", torch.device("cuda"))
+    config = load_config(model, {}).to_dict()
+    sentence = start.settle_checkpointing(args, config, values, "varlen")
+    assert (sentence is not None) == left_out and args.activation_checkpointing is not left_out
