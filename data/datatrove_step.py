@@ -24,7 +24,7 @@ from .pack.progress import Progress
 from .pack.workers import Work
 from .read.documents import Documents
 from .read.readers import Rows
-from .tokens.encoding import Disagreement
+from .tokens.encoding import Disagreement, Encoder
 from .tokens.tokenization import load_tokenizer
 
 
@@ -79,7 +79,7 @@ class PackedSetWriter(PipelineStep):
             if rank == 0:
                 tokenizer.save_pretrained(work.directory / "set" / "tokenizer")
             try:
-                work.write_once([rank], progress)
+                work.write_part(rank, Encoder(tokenizer, self.tokenizer_backend, progress.say), progress)
             except Disagreement as error:
                 raise ValueError(
                     f"task {rank}: the faster tokenizer cannot serve ({error}), and a pipeline's documents come once; "

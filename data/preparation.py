@@ -18,7 +18,7 @@ from .pack.assemble import assemble
 from .pack.feed import Limits
 from .pack.manifest import Manifest
 from .pack.packing import check_packing, make_packer
-from .pack.partial import TOKENIZERS_ONLY, has_begun, in_use, open_partial, prepared_already
+from .pack.partial import has_begun, in_use, open_partial, prepared_already, tokenizers_only
 from .pack.preparation_log import PreparationLog
 from .pack.progress import Progress
 from .pack.shards import TRAIN
@@ -175,10 +175,10 @@ def merge(work: Path, target: Path, parts: int, manifest: Manifest) -> Manifest:
     if missing:
         named = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise ValueError(f"{len(missing)} of {parts} parts of {target} are not finished ({named}): prepare them first.")
-    if (work / TOKENIZERS_ONLY).exists():
-        for number in range(parts):
-            if any(record["backend"] != "tokenizers" for record in shards.records(work, number)):
-                raise ValueError(f"part {number} of {target} was encoded by tokie, which disagreed: prepare it again.")
+    again = [number for number in range(parts) if (work / tokenizers_only(number)).exists()]
+    for number in again:
+        if any(record["backend"] != "tokenizers" for record in shards.records(work, number)):
+            raise ValueError(f"part {number} of {target} was encoded by tokie, which disagreed: prepare it again.")
     try:
         return assemble(work, target, parts, manifest)
     except ValueError:

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from smolpretrain.data import preparation
+from smolpretrain.data.pack import audit
+from smolpretrain.data.pack.audit import Audit
+from smolpretrain.data.read import documents
 from smolpretrain.data.read.corpus import read_documents
 from smolpretrain.data.tokens import encoding
 from smolpretrain.data.tokens.encoding import HURTFUL, Encoder
@@ -95,28 +99,100 @@ def test_a_disagreement_at_the_start_falls_back_and_says_so(monkeypatch):
         Encoder(TOKENIZER, "tokie")(TEXTS)
 
 
-def test_a_disagreement_on_the_way_starts_again_with_tokenizers(monkeypatch, tmp_path):
-    from smolpretrain.data.pack import shards
-    from smolpretrain.data.read import readers
-
-    monkeypatch.setattr(readers, "READ_BYTES", 400)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 1_000)
+def test_a_disagreement_found_late_has_that_part_done_again_by_tokenizers(monkeypatch, tmp_path):
+    monkeypatch.setattr(documents, "PART_BYTES", 2_500)
     monkeypatch.setattr(encoding, "CHECKED_FIRST", 100)
-    plain = preparation.prepare(iter(TEXTS), TOKENIZER, 16, tmp_path / "a", {}, progress=False,
-                            tokenizer_backend="tokenizers", validation_fraction=0)  # fmt: skip
     err_on(monkeypatch, "Document 150 ")
-    monkeypatch.setattr(Encoder, "_check", finding_it_in_batch_30)
-    said = []
-    made = preparation.prepare(TEXTS, TOKENIZER, 16, tmp_path / "b", {}, progress=False, validation_fraction=0,
-                           say=said.append)  # fmt: skip
-    assert made == plain and "from the start again with `tokenizers` itself" in said[0]
-    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {
-        p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()
-    }
+    made, said = prepared(tmp_path, "auto")
+    plain, _ = prepared(tmp_path, "tokenizers")
+    assert made == plain and made.fingerprint == plain.fingerprint
+    assert [line for line in said if "again with `tokenizers` itself, not the faster tokie: it gives other ids" in line]
+    assert len(said) == made.audit["disagreements"] == 1
+    assert made.audit["documents"] == sum(made.audit["documents_of_shards"]) > 100
+    assert made.audit["upper_bound"] == pytest.approx(3 / made.audit["documents"], rel=0.01) and plain.audit == {}
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "auto").iterdir() if path.name != "manifest.json"}
+    assert whole == {name: (tmp_path / "tokenizers" / name).read_bytes() for name in whole} and len(whole) > 9
+    with pytest.raises(ValueError, match="tokenizer_backend tokie cannot serve: it gives other ids .*set it to auto"):
+        prepared(tmp_path, "tokie")
 
 
-def finding_it_in_batch_30(self, texts, check=Encoder._check):
-    check(self, TEXTS[150:151] if self._batches == 30 else TEXTS[:2])
+def prepared(directory, backend, num_proc=1):
+    path = directory / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    said, source = [], {"data_files": [str(path)]}
+    made = preparation.prepare(read_documents(**source), TOKENIZER, 16, directory / backend, source, 0, progress=False,
+                               tokenizer_backend=backend, num_proc=num_proc, say=said.append)  # fmt: skip
+    return made, said
+
+
+ERRING_TOKIE = """
+import importlib.machinery, importlib.util, sys
+paths = [path for path in sys.path if path != {here!r}]
+spec = importlib.machinery.PathFinder.find_spec("tokie", paths)
+right = importlib.util.module_from_spec(spec)
+sys.modules["tokie"] = right
+spec.loader.exec_module(right)
+
+class Wrong:
+    def __init__(self, right):
+        self.right = right
+
+    def encode_batch_flat(self, texts, add_special_tokens):
+        ids, lengths = self.right.encode_batch_flat(texts, add_special_tokens=add_special_tokens)
+        if any("Document 150 " in text for text in texts):
+            ids = ids.copy()
+            ids[-1] ^= 1
+        return ids, lengths
+
+class Tokenizer:
+    @staticmethod
+    def from_json(path):
+        return Wrong(right.Tokenizer.from_json(path))
+
+this = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("tokie", None))
+this.Tokenizer = Tokenizer
+sys.modules["tokie"] = this
+"""
+
+
+@pytest.mark.slow
+def test_a_disagreement_found_late_by_one_of_two_processes_ends_in_the_same_set(monkeypatch, tmp_path):
+    monkeypatch.setattr(documents, "PART_BYTES", 2_500)
+    plain, _ = prepared(tmp_path, "tokenizers")
+    (tmp_path / "tokie.py").write_text(ERRING_TOKIE.format(here=str(tmp_path)))
+    (tmp_path / "smolpretrain").symlink_to(ROOT)  # the processes' code is this clone's, whatever is installed
+    monkeypatch.syspath_prepend(tmp_path)
+    made, _ = prepared(tmp_path, "auto", num_proc=2)
+    assert made.fingerprint == plain.fingerprint and made.audit["disagreements"] == 1
+
+
+def test_the_audit_is_the_same_for_any_number_of_batches_and_compares_a_sample():
+    encode = Encoder(TOKENIZER, "tokie")
+    texts = [f"{number} {text}" for number, text in enumerate(TEXTS * 10)]
+    ids, lengths = encode(texts)
+    whole, apart = Audit(encode), Audit(encode)
+    whole.add(texts, ids, lengths)
+    ends = np.cumsum(lengths)
+    for at in range(0, len(texts), 7):
+        taken = slice(at, at + 7)
+        apart.add(texts[taken], ids[ends[at] - lengths[at] : ends[taken][-1]], lengths[taken])
+    assert 20 < whole.documents == apart.documents < len(texts)
+    ids[: ends[0]] ^= 1
+    with pytest.raises(encoding.Disagreement):
+        Audit(encode).add(texts, ids, lengths)
+
+
+def test_the_audit_compares_a_long_document_up_to_where_its_ids_are_cut(monkeypatch):
+    monkeypatch.setattr(audit, "AUDITED_LENGTH", 1_000)
+    encode, text = Encoder(TOKENIZER, "tokie"), " ".join(TEXTS)
+    ids, lengths = encode([text])
+    one = Audit(encode)
+    one.add([text], ids, lengths)
+    one.add([text], ids[:-50], lengths - 50, last_cut=True)  # by max_tokens
+    assert one.documents == 2
+    ids[100] ^= 1
+    with pytest.raises(encoding.Disagreement):
+        one.add([text], ids, lengths)
 
 
 def test_without_tokie_or_with_a_tokenizer_that_it_refuses_tokenizers_serves(monkeypatch, tmp_path):

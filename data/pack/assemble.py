@@ -9,8 +9,10 @@ import numpy as np
 from smolpretrain.core.files import describe_file, sync
 
 from ..read.documents import Tally
+from .audit import summarize
 from .manifest import Manifest
 from .packing import Packer
+from .partial import TOKENIZERS_ONLY
 from .shards import COUNTED, TRAIN, SplitWriter, records
 
 UNIGRAM_COUNTS = "unigram_counts.npy"
@@ -36,6 +38,7 @@ def assemble(work: Path, target: Path, parts: int, manifest: Manifest) -> Manife
     manifest.decontaminated = [record["dropped"] for record in shards if record["dropped"]]
     _join_passed(work, [record["passed"] for record in shards if record.get("passed")])
     _sum_reports(manifest, [found[-1]["state"]["report"] for part in range(parts) if (found := records(work, part))])
+    manifest.audit = summarize(shards, len(list(work.glob(TOKENIZERS_ONLY))))
     check_splits(manifest)
     own = {SKIPPED_ROWS} if (work / "set" / SKIPPED_ROWS).exists() else set()
     own |= {name for split in manifest.splits.values() for name in split["files"]} | {UNIGRAM_COUNTS}

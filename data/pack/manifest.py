@@ -52,6 +52,9 @@ class Manifest:
         validation_documents: Files that hold the held-out texts.
         decontaminated: Files that name the documents left out because evaluation texts share words with them.
         files: For each file: bytes and sha256.
+        audit: Of the ids that the faster tokenizer made: documents compared with `tokenizers` (all of them, and of each
+            shard), disagreements (parts in which one was found, which `tokenizers` has encoded since), upper_bound (the
+            share of documents that may differ unseen, at this confidence). Empty where `tokenizers` made all of them.
         versions: Libraries that made it; not part of its identity.
         reused: True where `prepare` found the set already there; not stored.
     """
@@ -75,6 +78,7 @@ class Manifest:
     validation_documents: list[str] = field(default_factory=list)
     decontaminated: list[str] = field(default_factory=list)
     files: dict[str, dict] = field(default_factory=dict)
+    audit: dict = field(default_factory=dict, compare=False)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     reused: bool = field(default=False, compare=False)

@@ -11,7 +11,12 @@ from smolpretrain.core.files import lock, write_json
 
 from .manifest import Manifest, check_identity, verify
 
-TOKENIZERS_ONLY = "tokenizers-only"  # there once tokie disagreed on the way: `tokenizers` does all of it again
+TOKENIZERS_ONLY = "tokenizers-only-*"  # see tokenizers_only
+
+
+def tokenizers_only(part: int) -> str:
+    """Name the file that stands once tokie disagreed in a part: `tokenizers` does it again."""
+    return TOKENIZERS_ONLY.replace("*", f"{part:05d}")
 
 
 def partial_of(target: Path) -> Path:
@@ -66,7 +71,7 @@ def in_use(work: Path, say: Callable[[str], None] = print) -> Iterator[None]:
                 locked
                 and work.exists()
                 and not any(work.glob("shard-*.json"))
-                and not (work / TOKENIZERS_ONLY).exists()
+                and not any(work.glob(TOKENIZERS_ONLY))
             ):
                 with contextlib.suppress(BlockingIOError):
                     lock(file, alone=True)

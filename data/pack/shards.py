@@ -16,7 +16,9 @@ from smolpretrain.core.files import describe_file, lock, sync, write_json
 
 from ..read.held_out import is_held_out
 from ..read.long_text import LongText
+from ..tokens.encoding import Encoder
 from ..tokens.tokenization import token_dtype
+from .audit import Audit
 from .feed import Encoded, Feed
 from .manifest import Manifest, documents_name
 from .packing import document_starts, make_packer
@@ -122,12 +124,14 @@ class ShardWriter:
         split: All of a held-out set's documents go there. Of "train" a fraction goes to "validation", if one is asked.
     """
 
-    def __init__(self, work: Path, part: int, number: int, manifest: Manifest, split: str = TRAIN):
+    def __init__(self, work: Path, part: int, number: int, manifest: Manifest, encode: Encoder, split: str = TRAIN):
         self.work, self.name, self.manifest, self.split = work, f"{part:05d}-{number:05d}", manifest, split
+        self._encode = encode
         own = "validation" in manifest.options
         self.names = (split,) if own else manifest.split_names
         self.splits = [SplitWriter(work / "set" / f"{name}-{self.name}.arrow", manifest) for name in self.names]
         self.bytes = 0
+        self._audit = Audit(encode)
         self._counts = np.zeros(manifest.vocab_size, dtype=np.int64)
         texts = documents_name("validation" if split == TRAIN else split)
         self._texts = JsonLinesWriter(work / "set" / f"{texts}-{self.name}.jsonl")
@@ -141,6 +145,7 @@ class ShardWriter:
             self._passed.write(row)
         if not batch.texts:
             return
+        self._audit.add(batch.texts, batch.ids, batch.lengths, last_cut="max_tokens" in self.manifest.options)
         sizes, held = np.empty(len(batch.texts), dtype=np.int64), np.zeros(len(batch.texts), dtype=bool)
         fraction = self.manifest.held_out_below
         for number, text in enumerate(batch.texts):
@@ -164,7 +169,7 @@ class ShardWriter:
             self._counts += np.bincount(ids[at : at + RECORD_BATCH_TOKENS], minlength=len(self._counts))
         self.splits[0].add(ids, lengths, int(sizes.sum()))
 
-    def finish(self, state: dict, last: bool, backend: str) -> None:
+    def finish(self, state: dict, last: bool) -> None:
         splits = {name: writer.finish() for name, writer in zip(self.names, self.splits, strict=True)}
         self.close()
         paths = [self.work / "set" / split["file"] for split in splits.values() if split["file"]]
@@ -174,10 +179,11 @@ class ShardWriter:
         for path in [*paths, *beside]:
             sync(path)
         record = {"splits": splits, "files": [describe_file(path) for path in paths], "bytes": self.bytes}
-        record |= {"texts": self._texts.path.name if self._texts.opened else None, "backend": backend}
+        record |= {"texts": self._texts.path.name if self._texts.opened else None, "backend": self._encode.backend}
         record |= {"dropped": self._dropped.path.name if self._dropped.opened else None}
         record |= {"passed": self._passed.path.name if self._passed.opened else None}
-        write_json(self.work / f"shard-{self.name}.json", record | {"state": state, "last": last})
+        record |= {"audit": self._audit.documents, "state": state, "last": last}
+        write_json(self.work / f"shard-{self.name}.json", record)
 
     def close(self) -> None:
         for writer in (*self.splits, self._texts, self._dropped, self._passed):
@@ -205,7 +211,7 @@ def write_part(
     part: int,
     open_feed: Callable[[dict | None, int], Feed],
     manifest: Manifest,
-    backend: Callable,
+    encode: Encoder,
     tick=None,
     split: str = TRAIN,
 ) -> None:
@@ -213,18 +219,18 @@ def write_part(
 
     Args:
         open_feed: From a feed's state (None: the start) and the number of finished shards to the feed.
-        backend: Returns the encoder's name, for the record.
+        encode: The one that the feed encodes with: its name is for the record, and it is audited.
         tick: Called with each batch.
         split: See `ShardWriter`.
 
-    Raises ValueError where another process is at this part.
+    Raises ValueError where another process is at this part, Disagreement where the ids are not the model's.
     """
     with _alone(work, part):
         done = records(work, part)
         if done and done[-1]["last"]:
             return
         feed = open_feed(done[-1]["state"] if done else None, len(done))
-        shard = ShardWriter(work, part, len(done), manifest, split)
+        shard = ShardWriter(work, part, len(done), manifest, encode, split)
         number = len(done)
         try:
             for batch in feed:
@@ -233,11 +239,11 @@ def write_part(
                     tick(batch)
                 if shard.bytes >= SHARD_BYTES:
                     feed.end_shard()
-                    shard.finish(feed.state(), False, backend())
+                    shard.finish(feed.state(), False)
                     number += 1
-                    shard = ShardWriter(work, part, number, manifest, split)
+                    shard = ShardWriter(work, part, number, manifest, encode, split)
                 del batch
-            shard.finish(feed.state() | {"report": feed.report()}, True, backend())
+            shard.finish(feed.state() | {"report": feed.report()}, True)
         finally:
             shard.close()
             feed.close()

@@ -20,7 +20,7 @@ from . import shards
 from .feed import Feed, Limits, Source
 from .manifest import Manifest
 from .mixing import open_source
-from .partial import TOKENIZERS_ONLY
+from .partial import tokenizers_only
 from .progress import Progress
 
 SECONDS_BETWEEN_LOOKS = 0.2  # at what the processes have done, for the bar
@@ -46,43 +46,23 @@ class Work:
     splits: list[str] = field(default_factory=list)
     held_out: HeldOut | None = None
 
-    @property
-    def fallen_back(self) -> Path:
-        """Stands there once tokie disagreed in the middle: what it had encoded is done again by `tokenizers`."""
-        return self.directory / TOKENIZERS_ONLY
-
     def write(self, numbers: Iterable[int], progress: Progress) -> None:
-        """Write these parts; the whole of what this worker did is done again where tokie disagrees on the way."""
-        numbers = list(numbers)
-        try:
-            self.write_once(numbers, progress)
-        except Disagreement as error:
-            progress.say(f"tokenizer: from the start again with `tokenizers` itself, not the faster tokie: {error}.")
-            self.write_once(numbers, progress)
-
-    def write_once(self, numbers: list[int], progress: Progress) -> None:
-        """Write these parts. Raises Disagreement where tokie disagrees on the way; the next time does without it."""
-        backend = "tokenizers" if self.fallen_back.exists() else self.tokenizer_backend
-        encode = Encoder(self.tokenizer, backend, progress.say)
-        if backend != self.tokenizer_backend:
-            self._forget(numbers)
-        try:
-            for number in numbers:
-                self._write_part(number, encode, progress)
-        except Disagreement as error:
-            if self.tokenizer_backend == "tokie":
-                raise ValueError(f"tokenizer_backend tokie cannot serve: {error}; set it to auto.") from None
-            write_json(self.fallen_back, str(error))
-            raise
-
-    def _forget(self, numbers: Iterable[int]) -> None:
+        """Write these parts; one in which tokie is seen to disagree is done again by `tokenizers`."""
+        encode = Encoder(self.tokenizer, self.tokenizer_backend, progress.say)
         for number in numbers:
-            for at, record in enumerate(shards.records(self.directory, number)):
-                if record["backend"] != "tokenizers":
-                    (self.directory / f"shard-{number:05d}-{at:05d}.json").unlink()
-                    (self.directory / f"counts-{number:05d}-{at:05d}.npy").unlink()
+            try:
+                self.write_part(number, encode, progress)
+            except Disagreement as error:
+                progress.say(f"part {number}: again with `tokenizers` itself, not the faster tokie: {error}.")
+                self.write_part(number, encode, progress)
 
-    def _write_part(self, number: int, encode: Encoder, progress: Progress) -> None:
+    def write_part(self, number: int, encode: Encoder, progress: Progress) -> None:
+        """Write a part. Raises Disagreement where tokie disagrees; the next time does without it."""
+        fallen_back = self.directory / tokenizers_only(number)
+        if fallen_back.exists():
+            encode = Encoder(self.tokenizer, "tokenizers", progress.say)
+            self._forget(number)
+
         split = self.splits[number] if self.splits else shards.TRAIN
 
         def open_feed(state: dict | None, shard: int) -> Feed:
@@ -93,9 +73,19 @@ class Work:
             source = open_source(self.parts[number], encode, self.cleaning, seen, held, self.held_out)
             return Feed(source, self.limits, self._is_held_out, seen, state)
 
-        shards.write_part(
-            self.directory, number, open_feed, self.manifest, lambda: encode.backend, progress.tick, split
-        )
+        try:
+            shards.write_part(self.directory, number, open_feed, self.manifest, encode, progress.tick, split)
+        except Disagreement as error:
+            if self.tokenizer_backend == "tokie":
+                raise ValueError(f"tokenizer_backend tokie cannot serve: {error}; set it to auto.") from None
+            write_json(fallen_back, str(error))
+            raise
+
+    def _forget(self, number: int) -> None:
+        for at, record in enumerate(shards.records(self.directory, number)):
+            if record["backend"] != "tokenizers":
+                (self.directory / f"shard-{number:05d}-{at:05d}.json").unlink()
+                (self.directory / f"counts-{number:05d}-{at:05d}.npy").unlink()
 
     def _is_held_out(self, text: str) -> bool:
         return is_validation(text, self.manifest.held_out_below)

@@ -1,10 +1,11 @@
-"""Texts to one run of ids, EOS after each, by the model's own tokenizer or by a faster one that is seen to agree.
+"""Texts to one run of ids, EOS after each, by the model's own tokenizer or by a faster one where it is shown to agree.
 
-The model's tokenizer (`tokenizers`) is the truth. tokie (Rust, about 10 times as fast) is trusted only where it gives
-the same ids: on texts made to hurt and on the corpus's first 256 kB before anything is written, then on a slice of
-every batch.
+The model's tokenizer (`tokenizers`) is the truth. tokie (Rust, about 10 times as fast) takes the texts of which
+`agreement` shows that both encode them alike, and only after it gave the same ids for every token of the vocabulary,
+texts made to hurt and the corpus's first 64 kB. What was written is compared once more, by sample: `pack.audit`.
 """
 
+import contextlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,21 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..read.long_text import LongText
 from . import BACKENDS
+from .agreement import Agreement, Unshown, byte_names, pre_tokenizer_kind
 from .tokenization import plain_backend, token_dtype
 
-CHECKED_FIRST = 2**18  # characters of the corpus compared before anything is written
-CHECKED_SLICE = 2**14  # characters compared of every batch
+CHECKED_FIRST = 2**16  # characters of the corpus compared before anything is written
 LONG = 2**22  # a longer document is encoded in pieces, so that memory stays bounded
-# Unicode's letter numbers (Roman numerals, the Chinese zero): digits to `tokenizers`, not to tokie 0.1.4.
-LETTER_NUMBERS = [
-    (0x16EE, 0x16F0), (0x2160, 0x2182), (0x2185, 0x2188), (0x3007, 0x3007), (0x3021, 0x3029), (0x3038, 0x303A),
-    (0xA6E6, 0xA6EF), (0x10140, 0x10174), (0x10341, 0x10341), (0x1034A, 0x1034A), (0x103D1, 0x103D5),
-    (0x12400, 0x1246E),
-]  # fmt: skip
 WORD_ENDS = re.compile(r"[^\W\d_](?=\s)")
 HURTFUL = [
     "0123456789" * 30 + " 3.14159e-10 1,000,000 \u0661\u0662\u0663 \u00bd \u2167",
@@ -41,7 +35,7 @@ HURTFUL = [
 
 
 class Disagreement(Exception):
-    """tokie gave other ids than the model's tokenizer, in the middle of a corpus."""
+    """tokie gave other ids than the model's tokenizer."""
 
 
 def check_backend(backend: str) -> None:
@@ -65,7 +59,6 @@ class Encoder:
 
     Raises:
         ValueError: backend is unknown, or is tokie and tokie cannot serve.
-        Disagreement: On a later batch, with auto: what tokie has encoded so far is to be done again.
     """
 
     def __init__(self, tokenizer, backend: str = "auto", say: Callable[[str], None] = print):
@@ -73,22 +66,15 @@ class Encoder:
         self.backend = backend
         self._say = say
         self._truth = plain_backend(tokenizer)
-        self._tokie = None
+        self._tokie = self._agreement = None
         self._cuttable = None
-        self._batches = 0
         self._eos = tokenizer.eos_token_id
-        vocabulary = tokenizer.get_vocab()
-        self._dtype = token_dtype(max(vocabulary.values()) + 1)
-        self._unsure_ascii, self._unsure = unsure_characters(set(vocabulary))
-        self._lowest_unsure = int(self._unsure.argmax())
-        self._added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        self._vocabulary = tokenizer.get_vocab()
+        self._dtype = token_dtype(max(self._vocabulary.values()) + 1)
 
     def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         if self.backend == "auto" or (self.backend == "tokie" and self._tokie is None):
             self._choose(texts)
-        elif self.backend == "tokie" and texts:
-            self._batches += 1
-            self._check([texts[self._batches * 7919 % len(texts)][:CHECKED_SLICE]])
         if len(texts) > 1 and max(map(len, texts)) <= LONG:
             return self._with_ends(*self._encode(texts))
         parts = list(self._one_by_one(texts))
@@ -101,11 +87,14 @@ class Encoder:
         """Take tokie if it can and agrees; otherwise say why not."""
         asked, self.backend = self.backend, "tokie"
         try:
+            import tokie  # noqa: F401 (before its version is asked for)
+
+            self._agreement = Agreement(self._truth)
             self._tokie = load_tokie(self._truth)
-            self._check([*HURTFUL, " ".join(self._added), *self._added, *_first(texts, CHECKED_FIRST)])
+            self._check([*plain_tokens(self._vocabulary), *HURTFUL, *_first(texts, CHECKED_FIRST)])
         except ImportError:
             reason = "it is not installed (pip install tokie)"
-        except Disagreement as error:
+        except (Unshown, Disagreement) as error:
             reason = str(error)
         except Exception as error:  # tokie's own, of a kind that it does not promise
             reason = f"it does not take this tokenizer ({' '.join(str(error).split())[:200]})"
@@ -122,17 +111,25 @@ class Encoder:
         truth, wanted = self._encode_truth(texts)
         if np.array_equal(fast, truth) and np.array_equal(lengths, wanted):
             return
-        ends, right = np.cumsum(lengths), np.cumsum(wanted)
-        for number, text in enumerate(texts):
-            mine = fast[int(ends[number]) - int(lengths[number]) : int(ends[number])]
-            if not np.array_equal(mine, truth[right[number] - wanted[number] : right[number]]):
+        for text, mine, own in zip(texts, _split(fast, lengths), _split(truth, wanted), strict=True):
+            if not np.array_equal(mine, own):
                 raise Disagreement(f"it gives other ids than `tokenizers` for {text[:60]!r}")
-        raise Disagreement("it gives other ids than `tokenizers`")
+
+    def compare(self, texts: list[str], ids: list[np.ndarray], partial: list[bool]) -> None:
+        """Raise Disagreement unless these are the model's own ids of these texts, EOS left out.
+
+        Args:
+            partial: Where a text's ids stop before its end, or go on behind it.
+        """
+        for text, mine, own, part in zip(texts, ids, _split(*self._encode_truth(texts)), partial, strict=True):
+            both = min(len(mine), len(own)) if part else None
+            if not np.array_equal(mine[:both], own[:both]):
+                raise Disagreement(f"it gives other ids than `tokenizers` for {text[:60]!r}")
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._tokie is None:
             return self._encode_truth(texts)
-        unsure = [number for number, text in enumerate(texts) if self._is_unsure(text)]
+        unsure = [number for number, text in enumerate(texts) if self._agreement.is_unsure(text)]
         if not unsure:
             return self._tokie.encode_batch_flat(texts, add_special_tokens=False)
         blanked = list(texts)
@@ -143,15 +140,6 @@ class Encoder:
         where = np.repeat(np.cumsum(lengths.astype(np.int64))[unsure], wanted)
         lengths[unsure] = wanted
         return np.insert(fast, where, truth), lengths
-
-    def _is_unsure(self, text: str) -> bool:
-        """Tell whether a text holds what tokie is known to encode differently."""
-        if any(character in text for character in self._unsure_ascii):
-            return True
-        if text.isascii():
-            return False
-        codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        return bool(self._unsure[codes[codes >= self._lowest_unsure]].any())
 
     def _encode_truth(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         encodings = self._truth.encode_batch_fast(texts, add_special_tokens=False)
@@ -179,8 +167,11 @@ class Encoder:
     def _pieces(self, text: str | LongText) -> Iterator[str]:
         """Cut between a letter and white space, where every pre-tokenizer of GPT-2's kind cuts; whole where it fails.
 
-        Whether this tokenizer does is seen once, on the first long text: cut at every such place, same ids.
+        Whether one of another kind does is seen once, on the first long text: cut at every such place, same ids.
         """
+        if self._cuttable is None:
+            with contextlib.suppress(Unshown):
+                self._cuttable = bool(pre_tokenizer_kind(orjson.loads(self._truth.to_str())))
         if self._cuttable is None:
             sample = text[:CHECKED_FIRST]
             bits = [sample[start:end] for start, end in _cuts(sample, 64)]
@@ -210,51 +201,44 @@ class Encoder:
         return made, lengths + 1
 
 
-def unsure_characters(vocabulary: set[str]) -> tuple[list[str], np.ndarray]:
-    """Return what tokie is known to encode differently: ASCII characters, and a mark [0x110000] for each other one.
-
-    A byte that has no token of its own (SmolLM2's vocabulary lacks some control characters and the lead bytes of
-    unassigned planes) is dropped by `tokenizers`, and its neighbours are merged otherwise than by tokie.
-    """
-    named = bytes_to_unicode()
-    missing = {byte for byte in range(256) if named[byte] not in vocabulary} - {0xC0, 0xC1, *range(0xF5, 256)}
-    if len(missing) > 100:  # not a byte-level vocabulary: agreement is seen from the texts alone
-        missing = set()
-    ascii_ones = ["\x0b", *(chr(byte) for byte in sorted(missing) if byte < 0x80)]  # vertical tab: split otherwise
-    marks = np.zeros(0x110000, dtype=bool)
-    marks[0x80:] = any(0x80 <= byte < 0xC0 for byte in missing)
-    for start, end in [*LETTER_NUMBERS, *(lead_range(byte) for byte in missing if byte >= 0xC0)]:
-        marks[start : end + 1] = True
-    return ascii_ones, marks
-
-
-def lead_range(byte: int) -> tuple[int, int]:
-    """Return the first and the last code point whose UTF-8 begins with this byte."""
-    if byte < 0xE0:
-        first, size = (byte & 0x1F) << 6, 2**6
-    elif byte < 0xF0:
-        first, size = (byte & 0x0F) << 12, 2**12
-    else:
-        first, size = (byte & 0x07) << 18, 2**18
-    return max(first, 0x80), min(first + size, 0x110000) - 1
-
-
 def load_tokie(backend):
     """Make tokie's tokenizer of a `tokenizers` one.
 
-    Special tokens are left out, so that their text inside a document is text: tokie has no encode_special_tokens.
+    Added tokens are left out: a special one's text inside a document is text (tokie has no encode_special_tokens), and
+    a document with an ordinary one is encoded by `tokenizers`.
 
     Raises ImportError where tokie is not installed, and tokie's own where it does not take the tokenizer.
     """
     import tokie
 
     spec = orjson.loads(backend.to_str())
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
+    spec["added_tokens"] = []
     spec["post_processor"] = spec["truncation"] = spec["padding"] = None
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "tokenizer.json")
         path.write_bytes(orjson.dumps(spec))
         return tokie.Tokenizer.from_json(str(path))
+
+
+def plain_tokens(vocabulary: dict[str, int]) -> list[str]:
+    """Return the text of every token that is whole characters, and of the special ones.
+
+    tokie takes a pre-token that is a token for that token; by its merges it may be another run of ids.
+    """
+    byte = {name: number for number, name in enumerate(byte_names())}
+    texts = []
+    for token in vocabulary:
+        try:
+            texts.append(bytes(map(byte.__getitem__, token)).decode())
+        except KeyError:
+            texts.append(token)
+        except UnicodeDecodeError:
+            continue
+    return texts
+
+
+def _split(ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(ids, np.cumsum(lengths.astype(np.int64))[:-1]) if len(lengths) else []
 
 
 def _first(texts: list[str], characters: int) -> list[str]:
