@@ -160,24 +160,24 @@ def test_what_cannot_be_is_refused(here, tmp_path, monkeypatch):
 
 
 def test_documents_that_come_once_are_never_lost_where_the_faster_tokenizer_disagrees(here, tmp_path, monkeypatch):
-    checks = []
+    compared = []
 
-    def disagree(self, texts):
-        checks.append(texts)
-        if len(checks) == 2:  # in the middle of the first task
+    def disagree(self, texts, ids, partial):
+        compared.append(texts)
+        if len(compared) == 2:  # in the middle of the first task
             raise encoding.Disagreement("it gives other ids")
 
     writer = PackedSetWriter(str(tmp_path / "set"), str(here / TOKENIZER), "cats", 16, validation_fraction=0)
     reader, merge = JsonlReader(str(here / "web")), MergePackedSet(str(tmp_path / "set"))
-    monkeypatch.setattr(encoding.Encoder, "_check", disagree)
+    monkeypatch.setattr(encoding.Encoder, "compare", disagree)
     monkeypatch.setattr(readers, "READ_BYTES", 2000)
     with pytest.raises(ValueError, match=r"documents come once; run it again with skip_completed=False"):
         run(tmp_path / "logs", [reader, writer], tasks=2)
     run(tmp_path / "logs", [reader, writer], tasks=2, skip_completed=False)
     merge.run()
-    assert (
-        Manifest.load(tmp_path / "set").splits["train"]["documents"] == 600 and len(checks) == 2
-    )  # tokie is not asked again
+    made = Manifest.load(tmp_path / "set")
+    assert made.splits["train"]["documents"] == 600 and made.audit["disagreements"] == 1
+    assert {text for texts in compared[:2] for text in texts}.isdisjoint(compared[-1])  # of the other task
 
 
 def test_what_datatrove_writes_is_read_as_it_is(here, tmp_path):

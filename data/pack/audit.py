@@ -59,7 +59,7 @@ def summarize(shards: list[dict], done_again: int) -> dict:
         shards: The shards' records.
         done_again: Parts in which a document differed, and which `tokenizers` has encoded since.
     """
-    compared = [record["audit"] for record in shards if record["backend"] == "tokie"]
+    compared = [record.get("audit", 0) for record in shards if record["backend"] == "tokie"]
     if not compared and not done_again:
         return {}
     documents = sum(compared)

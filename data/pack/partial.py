@@ -67,12 +67,7 @@ def in_use(work: Path, say: Callable[[str], None] = print) -> Iterator[None]:
         try:
             yield
         finally:
-            if (
-                locked
-                and work.exists()
-                and not any(work.glob("shard-*.json"))
-                and not any(work.glob(TOKENIZERS_ONLY))
-            ):
+            if locked and work.exists() and not any(work.glob("shard-*.json")) and not any(work.glob(TOKENIZERS_ONLY)):
                 with contextlib.suppress(BlockingIOError):
                     lock(file, alone=True)
                     shutil.rmtree(work)
