@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..readers import MISSING, Damaged
 
+WORDS = 4
 SHOWN = 40  # characters of a name in a message, and names: the first row of a file without a header is a document
 
 
@@ -109,7 +110,7 @@ def join(value) -> object:
 
 def _shown(names: list[str]) -> str:
     """List columns for a message; what is no name is not listed."""
-    if any(len(name) > SHOWN or "\n" in name for name in names):
+    if any(len(name) > SHOWN or len(name.split()) > WORDS or "\n" in name for name in names):
         opening = " ".join(names[0].split())[:SHOWN]
         return f"one of its columns, or give it a header: its first row ({opening!r} ...) names none"
     more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from .. import readers
 
-PIECE = 2048  # compressed bytes decompressed at once: of the worst bomb (bzip2) that is 45 MB
+PIECE = 2048  # compressed bytes decompressed at once: of the worst gzip 2 MB
+PIECES = {".zst": 512}  # of the worst zstd 16 MB
 GATHERED = 2**18
 UTF8 = ("utf-8", "utf-8-sig", "ascii")
 BOM = codecs.BOM_UTF8
@@ -161,14 +162,20 @@ class Decompressed(_Made):
         self._kind, self._engine, self._left = kind, None, b""
 
     def _make(self) -> bytes:
-        while data := self._left or self._file.read(PIECE):
+        while True:
+            if getattr(self._engine, "needs_input", True):  # bz2's and lzma's hold back what is more than was asked for
+                if not (data := self._left or self._file.read(PIECES.get(self._kind, PIECE))):
+                    break
+            else:
+                data = b""
             self._left = b""
             if self._engine is None:
                 if not (data := data.lstrip(b"\0")):  # padding
                     continue
                 self._engine = _engine(self._kind)
             try:
-                made = self._engine.decompress(data)
+                bounded = (GATHERED,) if hasattr(self._engine, "needs_input") else ()
+                made = self._engine.decompress(data, *bounded)
             except Exception as error:  # each library has its own
                 raise ValueError(f"its {self._kind} data are damaged: {' '.join(str(error).split())}") from error
             if self._engine.eof:

@@ -38,7 +38,7 @@ class TextFile:
         return decoded(held)
 
     def row(self, position: int | None, index: int) -> int:
-        return 1
+        return (position or 0) + index + 1
 
     def pieces(self, size: int) -> list["TextFile"]:
         return [self]
