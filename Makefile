@@ -2,6 +2,7 @@
 #   make train [ARGS="key=value ..."]     trains on the built-in text
 #   make test  [ARGS="..."]               runs the tests
 #   make fast  [ARGS="..."]               runs those that launch no real training, on all cores: about two minutes on two
+#   make types                            checks types
 #   make docs                             builds the site into build/site
 PYTHON ?= python3
 # Relative, because a name with a space in it is two names to make. PATH has it whole: recipes run this environment's.
@@ -9,7 +10,7 @@ VENV := .venv
 SHELL := /bin/bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: train test fast docs
+.PHONY: train test fast types docs
 
 train: $(VENV)/train.installed
 	@echo "+ python launch.py deepspeed run_pretrain.py args.json $(ARGS)"
@@ -22,6 +23,11 @@ test: $(VENV)/test.installed
 fast: $(VENV)/test.installed
 	@echo "+ pytest -m 'not slow' -n auto --dist loadfile $(ARGS)"
 	@python -m pytest -m 'not slow' -n auto --dist loadfile $(ARGS) ; exit $$?
+
+types: $(VENV)/types.installed
+	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/smolpretrain
+	@echo "+ pyright"
+	@pyright --pythonpath "$$(command -v $(PYTHON))"
 
 docs: $(VENV)/docs.installed
 	@echo "+ mkdocs build --strict"
@@ -40,5 +46,9 @@ $(VENV)/test.installed: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/p
 	@python -m pip install -c constraints.txt -e '.[test]' && touch $@
 
 $(VENV)/docs.installed: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "+ pip install -c constraints.txt 'mkdocs-material'"
+	@echo "+ pip install -c constraints.txt mkdocs-material"
 	@python -m pip install -c constraints.txt mkdocs-material && touch $@
+
+$(VENV)/types.installed: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "+ pip install -c constraints.txt pyright"
+	@python -m pip install -c constraints.txt pyright && touch $@
