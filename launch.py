@@ -1,7 +1,7 @@
 """Launch a run so that a signal stops it with a whole checkpoint: the launcher's own command, with this before it.
 
     python launch.py deepspeed --num_gpus 2 run_pretrain.py args.json
-    smolpretrain-launch torchrun --nproc_per_node 2 run_pretrain.py args.json
+    smolpretrain launch torchrun --nproc_per_node 2 run_pretrain.py args.json
     python launch.py --restarts 20 deepspeed run_pretrain.py args.json      start again after an interruption or a crash
 
 Schedulers, containers and Ctrl-C signal the command they started. `deepspeed` dies of it and leaves its ranks running;
@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -30,6 +31,7 @@ if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the pack
 from smolpretrain.core import status as statuses
 
 LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
+USAGE = f"usage: launch.py [restarts=N] {'|'.join(LAUNCHERS)} [its own words] run_pretrain.py args.json"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM, 256 - signal.SIGTERM)  # as subprocess, shells, DeepSpeed say it
 DEFAULT_OUTPUT_DIR = "runs/pretrain"  # of arguments.py, which takes seconds to import
@@ -99,13 +101,22 @@ def run(command, heard):
     return status if status >= 0 else 128 - status
 
 
+def words_of_run(command):
+    """What stands behind the script, the module (-m, --module) or the verb."""
+    for place, word in enumerate(command):
+        door = Path(word).name == "smolpretrain"
+        if word.endswith(".py") or door or command[place - 1 : place] in (["-m"], ["--module"]):
+            rest = command[place + 1 :]
+            return rest[1:] if rest[:1] == ["train"] else rest
+    return []
+
+
 def output_dir(command):
     """Where the run keeps its checkpoints, from the words after the script; None where it will refuse them."""
     from smolpretrain.core.words import collect  # pydantic: not for a launch without --restarts
 
-    script = next((place for place, word in enumerate(command) if word.endswith((".py", "smolpretrain"))), 0)
     try:
-        given = collect(command[script + 1 :])
+        given = collect(words_of_run(command))
     except ValueError:
         return None
     asked = given["output_dir"].value if "output_dir" in given else None
@@ -164,12 +175,19 @@ def run_again(command, restarts, heard):
 def main(argv=None):
     """Run the launcher; the exit status is its ranks'."""
     command, restarts = list(sys.argv[1:] if argv is None else argv), 0
-    if command[:1] == ["--restarts"] and command[1:] and command[1].isdecimal():
+    if command[:1] in (["--help"], ["-h"]):
+        print(f"{USAGE}\n\n{__doc__}")
+        return 0
+    if command[:1] == ["--version"]:
+        print(f"smolpretrain {sys.modules['smolpretrain'].__version__}")
+        return 0
+    if command and (found := re.fullmatch(r"(?:--)?restarts=(\d+)", command[0])):
+        restarts, command = int(found[1]), command[1:]
+    elif command[:1] == ["--restarts"] and command[1:] and command[1].isdecimal():
         restarts, command = int(command[1]), command[2:]
     if not command or Path(command[0]).name not in LAUNCHERS:
-        words = f"[--restarts N] {'|'.join(LAUNCHERS)} [its own words] run_pretrain.py args.json"
-        print(f"usage: launch.py {words}", file=sys.stderr)
-        return 2
+        print(USAGE, file=sys.stderr)
+        return statuses.BAD_INPUT
     heard = []
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: heard.append(time.monotonic()))
@@ -177,7 +195,7 @@ def main(argv=None):
         return run_again(command, restarts, heard) if restarts else run(command, heard)
     except OSError as error:
         print(f"launch.py: error: {command[0]} cannot be started: {error.strerror}.", file=sys.stderr)
-        return 2
+        return statuses.BAD_INPUT
 
 
 if __name__ == "__main__":

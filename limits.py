@@ -53,6 +53,7 @@ LEFT_ALONE = {  # arguments of transformers that must keep their default here, a
     "load_best_model_at_end": "the model of the last step is exported",
 }
 MUON = "muon"
+NEED_NO_OPTIONS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")  # of schedules
 COMPRESSIONS = ("none", "bf16", "fp16", "powersgd")
 SCHEDULE = (  # what allow_changes can name
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "decay_fraction"),
@@ -208,6 +209,8 @@ def _check_optimizer(args):
     name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
     if args.decay_fraction is not None:
         options = options | {"num_decay_steps": 1}  # in steps once these are known: training/schedule.py
+    if str(getattr(name, "value", name)) in NEED_NO_OPTIONS and not options:
+        return  # or torch's compiler would be imported for the optimizer below
     try:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=2, scheduler_specific_kwargs=options)

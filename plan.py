@@ -1,8 +1,8 @@
 """What a run will cost and whether it can work, before it starts.
 
-    python plan.py args.json [gpus=4 gpu=L4 price_per_gpu_hour=0.80 key=value ...] [--json]
-    python plan.py args.json gpus=4 gpu=L4 --claims claims.json
-    python plan.py --budget_flops 1e20 | --budget_gpu_hours 100 gpu=L4 | --tokens 10e9 [--write args.json]
+    python plan.py args.json [gpus=4 gpu=L4 price_per_gpu_hour=0.80 key=value ...] [json=true]
+    python plan.py args.json gpus=4 gpu=L4 claims=claims.json
+    python plan.py budget_flops=1e20 | budget_gpu_hours=100 gpu=L4 | tokens=10e9 [write=args.json]
 
 Needs no GPU, no text, and nothing of the Hub but a config. Without gpu=..., the plan is for this machine's CPU,
 whose rate is measured.
@@ -11,7 +11,6 @@ whose rate is measured.
 import json
 import runpy
 import sys
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +19,14 @@ if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the pack
     runpy.run_path(str(Path(__file__).resolve().parent / "in_place.py"))
 
 from smolpretrain import ds_configs
-from smolpretrain.core import precision
-from smolpretrain.core.architectures import load_config
+from smolpretrain.core import precision, status
+from smolpretrain.core.architectures import plain_config
 from smolpretrain.core.files import write_json
 from smolpretrain.core.text import one_line
 from smolpretrain.core.words import parse_args, read_json
 from smolpretrain.planning import assemble, contradictions, counting, hardware, laws, report, scaling
+
+BUDGETS = ("budget_flops", "budget_gpu_hours", "tokens")
 
 
 @dataclass
@@ -43,6 +44,12 @@ class PlanArguments:
     hours: float | None = field(default=None, metadata={"help": "Hours the run may take: held against the peak."})
     suggest: bool = field(default=False, metadata={"help": "The largest micro-batch, and the accumulation with it."})
     scaling: bool = field(default=False, metadata={"help": "Traffic and tokens a second on 1 to 64 such machines."})
+    json: bool = field(default=False, metadata={"help": "Print the plan as JSON."})
+    claims: str | None = field(default=None, metadata={"help": "A JSON file: hold a report's claims to arithmetic."})
+    budget_flops: float | None = field(default=None, metadata={"help": "Advise on a run of so many FLOPs, or"})
+    budget_gpu_hours: float | None = field(default=None, metadata={"help": "of so many hours of gpu, or"})
+    tokens: float | None = field(default=None, metadata={"help": "whose optimum sees so many tokens."})
+    write: str | None = field(default=None, metadata={"help": "With a budget: write its optimum's arguments there."})
 
     def __post_init__(self):
         for name in ("gpus", "nodes"):
@@ -57,6 +64,11 @@ class PlanArguments:
             raise ValueError(f"mfu = {self.mfu} is a share of the peak: at most 1, e.g. mfu=0.4.")
         if self.gpu is not None and self.gpu != "cpu":
             hardware.find(self.gpu)
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} are two budgets: keep one.")
+        if self.write and not given:
+            raise ValueError(f"write = {self.write} goes with a budget: give one of {', '.join(BUDGETS)}.")
 
 
 def run_arguments():
@@ -117,7 +129,7 @@ def device_of(plan_args):
 def plan_of(values, plan_args):
     """(plan, device, config) of parsed arguments."""
     device = device_of(plan_args)
-    config = load_config(values["model_name"], values["config_overrides"]).to_dict()
+    config = plain_config(values["model_name"], values["config_overrides"])
     content, lines = deepspeed_config(values, plan_args.gpus)
     plan = assemble.make(
         config, values, device, ranks=plan_args.gpus, nodes=plan_args.nodes, extra=asdict(plan_args), deepspeed=content,
@@ -127,59 +139,57 @@ def plan_of(values, plan_args):
     return plan, device, config
 
 
-def budget_flops(flags, words):
+def budget_flops(plan_args):
     """FLOPs of the budget that was given, in one of its three forms."""
-    if flags.budget_flops is not None:
-        return flags.budget_flops
-    if flags.tokens is not None:
-        return laws.flops_for_tokens(flags.tokens)
-    (plan_args,) = parse_args(words, (PlanArguments,))
+    if plan_args.budget_flops is not None:
+        return plan_args.budget_flops
+    if plan_args.tokens is not None:
+        return laws.flops_for_tokens(plan_args.tokens)
     device = device_of(plan_args)
     mfu = plan_args.mfu or hardware.default_mfu(device)[1]
-    return flags.budget_gpu_hours * 3600 * device.peak_flops * mfu
+    return plan_args.budget_gpu_hours * 3600 * device.peak_flops * mfu
 
 
-def advise(flags, words):
+def advise(plan_args):
     """Print or write what a budget buys."""
-    flops = budget_flops(flags, words)
+    flops = budget_flops(plan_args)
     if not 1e12 <= flops <= 1e27:
         raise ValueError(f"{flops:.3g} FLOPs are outside what the laws were fitted for (1e12 to 1e27 are answered).")
     advice = scaling.advise(flops)
-    print(json.dumps(advice, indent=2) if flags.json else "\n".join(scaling.lines(advice)))
-    if flags.write:
-        if Path(flags.write).exists():
-            raise ValueError(f"--write {flags.write}: the file exists. Name another, or remove it.")
-        write_json(flags.write, advice["arguments"])
-        print(f"written: {flags.write}. python plan.py {flags.write} says what it costs.", file=sys.stderr)
+    print(json.dumps(advice, indent=2) if plan_args.json else "\n".join(scaling.lines(advice)))
+    if plan_args.write:
+        if Path(plan_args.write).exists():
+            raise ValueError(f"write = {plan_args.write}: the file exists. Name another, or remove it.")
+        write_json(plan_args.write, advice["arguments"])
+        print(f"written: {plan_args.write}. python plan.py {plan_args.write} says what it costs.", file=sys.stderr)
+
+
+def print_help():
+    """The docstring, and the keys beside those of run_pretrain.py."""
+    print(__doc__)
+    print("keys beside those of run_pretrain.py, each as key=value, --key value or --key=value:")
+    for each in fields(PlanArguments):
+        print(f"  {each.name}={json.dumps(each.default)}\n      {each.metadata['help']}")
 
 
 def main(argv=None):
     """Print the plan, the audit or the advice; exit status 2 and one line for what the user can mend."""
-    keys = "\n".join(f"  {each.name}={each.default}: {each.metadata['help']}" for each in fields(PlanArguments))
-    epilog = f"keys beside those of run_pretrain.py:\n{keys}"
-    form = RawDescriptionHelpFormatter
-    parser = ArgumentParser(prog="plan.py", description=__doc__, epilog=epilog, formatter_class=form)
-    parser.add_argument("words", nargs="*", metavar="args.json key=value", help=SUPPRESS)
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.add_argument("--claims", metavar="CLAIMS.json", help="hold a report's claims against arithmetic")
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--budget_flops", type=float, metavar="FLOPS")
-    budget.add_argument("--budget_gpu_hours", type=float, metavar="HOURS")
-    budget.add_argument("--tokens", type=float, metavar="TOKENS")
-    parser.add_argument("--write", metavar="ARGS.json", help="with a budget: write the arguments of its optimum")
-    flags = parser.parse_intermixed_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(argv):
+        return print_help()
     try:
-        if any(each is not None for each in (flags.budget_flops, flags.budget_gpu_hours, flags.tokens)):
-            return advise(flags, flags.words)
-        values, plan_args = parse(flags.words)
+        if any(word.removeprefix("--").partition("=")[0] in BUDGETS for word in argv):
+            return advise(*parse_args(argv, (PlanArguments,)))
+        values, plan_args = parse(argv)
         plan, device, config = plan_of(values, plan_args)
-        if flags.claims:
+        if plan_args.claims:
             compute = counting.flops(config, values["block_size"])
-            claimed = read_json(flags.claims)
+            claimed = read_json(plan_args.claims)
             plan["claims"] = contradictions.claims(claimed, plan, compute, device, plan_args.gpus)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"plan.py: error: {one_line(error)}\n")
-    if flags.json:
+        print(f"plan.py: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(status.BAD_INPUT)
+    if plan_args.json:
         print(json.dumps(plan, indent=2))
     else:
         from rich.console import Console

@@ -56,7 +56,7 @@ from smolpretrain.arguments import (
 from smolpretrain.core import files, status, upstream
 from smolpretrain.core.architectures import load_config
 from smolpretrain.core.text import one_line
-from smolpretrain.core.words import collect, parse_args, place, resolve
+from smolpretrain.core.words import collect, parse_args, place, resolve, switches_of, take_switch
 from smolpretrain.data import preparation, prepared, stream
 from smolpretrain.data.collator import PackedCollator
 from smolpretrain.data.pack.manifest import Manifest
@@ -308,11 +308,10 @@ def main(argv=None):
 
 def story(argv):
     """Text to tokens to rows to a model to its score."""
-    debug, given = "debug=true" in argv, {}
+    (debug, words), given = take_switch(argv, "debug"), {}
     try:
-        words = [word for word in argv if word != "debug=true"]
         arguments = parse_args(words, ARGUMENTS)
-        given = collect(words)
+        given = collect(words, switches_of(ARGUMENTS))
         model_args, data_args, args = arguments
         disk.check_writable(args.output_dir)
         ranks.bound_waiting(args.ddp_timeout)

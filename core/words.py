@@ -1,10 +1,10 @@
-"""One JSON file and `key=value` words into dataclasses, every type checked.
+"""The one dialect of all commands: a JSON file, then key=value, --key value and --key=value alike.
 
     model, data = parse_args(["args.json", "block_size=512"], (ModelArguments, DataArguments))
 
 HfArgumentParser takes a JSON file or flags, not both, keeps "1e-3" a string, "false" true, and the last of two equal
-keys (transformers 5.23). Words instead of flags, because the deepspeed launcher takes flags for its own. Words win
-over the file, in any order; the launcher's `--local_rank=N` is dropped (it is in the environment as well).
+keys (transformers 5.23). Words win over the file, in any order; the launcher's `--local_rank=N` is dropped (it is in
+the environment as well). Commands of few options use options.py, which reads the same words.
 """
 
 import difflib
@@ -20,6 +20,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from . import secrets
+
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Given(typing.NamedTuple):
@@ -47,9 +49,12 @@ def parse_args(argv, dataclasses):
     if "--help" in argv or "-h" in argv:
         print_help(dataclasses)
         sys.exit(0)
-    given = collect(argv)
+    if "--version" in argv:
+        print(version())
+        sys.exit(0)
     hints = {cls: typing.get_type_hints(cls) for cls in dataclasses}
     names = {f.name: cls for cls in dataclasses for f in fields(cls) if f.init}
+    given = collect(argv, switches_of(dataclasses))
     for key, (_, origin, _) in given.items():
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
@@ -63,6 +68,12 @@ def parse_args(argv, dataclasses):
         except ValueError as error:
             raise ValueError(place(str(error), given)) from error
     return tuple(parsed)
+
+
+def switches_of(dataclasses):
+    """Names of the fields that are true or false."""
+    hints = [item for cls in dataclasses for item in typing.get_type_hints(cls).items()]
+    return {name for name, hint in hints if bool in {hint, *typing.get_args(hint)}}
 
 
 def place(sentence, given):
@@ -81,18 +92,20 @@ def resolve(parsed):
     return resolved
 
 
-def collect(argv):
-    """Words to {key: Given}; a second JSON file, a flag or a bare word is refused."""
-    given, file = {}, None
-    for word in argv:
-        key, equals, text = word.partition("=")
-        refuse_secret("command line", key if equals else "a word", word)
-        if key.replace("-", "_") == "__local_rank":
+def collect(argv, switches=None):
+    """Words to {key: Given}; a second JSON file or a bare word is refused.
+
+    Args:
+        switches: Keys that need no value behind --key; None where nobody knows, as in a launcher.
+    """
+    given, file, words = {}, None, list(argv)
+    while words:
+        word = words.pop(0)
+        key, text = _pair(word, words, switches)
+        refuse_secret("command line", key or "a word", f"{key}={text}" if key else word)
+        if key == "local_rank":
             continue
-        if word.startswith("-"):
-            remedy = f"write {word.lstrip('-')}" if equals else "write key=value, or --help for all keys"
-            raise ValueError(f"command line: {word}: arguments are words, not flags: {remedy}.")
-        if equals:
+        if key:
             try:
                 value = json.loads(text, object_pairs_hook=lambda pairs: unique(pairs, "command line"))
             except json.JSONDecodeError:
@@ -101,14 +114,64 @@ def collect(argv):
         elif file is not None:
             raise ValueError(f"command line: {word}: {file} is given already; change keys as key=value.")
         elif not word.endswith(".json"):
-            raise ValueError(f"command line: {word} is neither a .json file nor key=value.")
+            raise ValueError(f"command line: {word} is neither a .json file nor key=value nor --key value.")
         else:
             file = word
-    in_file = read_json(file) if file is not None else {}
+    in_file = read_json(find_file(file), file) if file is not None else {}
     given = {key: Given(value, file) for key, value in in_file.items()} | given
     for key, (value, origin, _) in given.items():
         refuse_secret(origin, key, json.dumps(value, ensure_ascii=False))
     return given
+
+
+def _pair(word, rest, switches):
+    """(key, text) of key=value, --key=value or --key and the word behind it, which is taken from rest.
+
+    (None, None) for a bare word. A switch, and a key whose value nobody gave where switches are not known, is true.
+    """
+    flag = word.startswith("--")
+    key, equals, text = word.removeprefix("--").partition("=")
+    if equals and (flag or not word.startswith("-")):
+        return key.replace("-", "_") if flag else key, text
+    if not flag:
+        if word.startswith("-"):
+            raise ValueError(f"command line: {word}: write key=value or --key value; --help lists all keys.")
+        return None, None
+    key, following = key.replace("-", "_"), rest[0] if rest else None
+    no_value = following is None or following.startswith("--")
+    if switches is None:  # a file right behind a key is the run's, unless the key is one of files
+        no_value = no_value or (following.endswith(".json") and key != "deepspeed")
+    elif key in switches:
+        no_value = no_value or following.lower() not in ("true", "false")
+    elif no_value:
+        raise ValueError(f"command line: {word} needs a value, as in {word}=... or {key}=...; --help lists all keys.")
+    return key, "true" if no_value else rest.pop(0)
+
+
+def take_switch(argv, key):
+    """(whether a switch is on, the words without it)."""
+    rest = list(argv)
+    for place, word in enumerate(rest):
+        if word in (f"{key}=true", f"--{key}=true"):
+            return True, rest[:place] + rest[place + 1 :]
+        if word == f"--{key}" and (following := [*rest, "--"][place + 1]) in ("true", "--"):
+            return True, rest[:place] + rest[place + 1 + (following == "true") :]
+        if word == f"--{key}" and following.startswith("--"):
+            return True, rest[:place] + rest[place + 1 :]
+    return False, rest
+
+
+def find_file(name):
+    """A recipe's path: in the working directory, else in the package, where args.json and configs/ are."""
+    for place in (Path(name).expanduser(), PACKAGE / name):
+        if place.is_file():
+            return place
+    return Path(name).expanduser()
+
+
+def version():
+    """What --version says."""
+    return f"smolpretrain {sys.modules['smolpretrain'].__version__}"
 
 
 def refuse_secret(origin, key, text):
@@ -119,11 +182,16 @@ def refuse_secret(origin, key, text):
         raise ValueError(f"{origin}: {key} holds {found}: leave it in the environment, out of the run.")
 
 
-def read_json(path):
-    """The object in a JSON file; duplicate keys, comments and other shapes are refused by line."""
+def read_json(path, named=None):
+    """The object in a JSON file; duplicate keys, comments and other shapes are refused by line.
+
+    Args:
+        named: What the user called it, for the sentences.
+    """
+    place, path = path, named or path
 
     try:
-        loaded = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=lambda held: unique(held, path))
+        loaded = json.loads(Path(place).read_text(encoding="utf-8"), object_pairs_hook=lambda held: unique(held, path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON at line {error.lineno}: {error.msg} (JSON has no comments).") from None
     except UnicodeDecodeError as error:
@@ -179,7 +247,8 @@ def coerce(name, hint, source):
 
 def print_help(dataclasses):
     """Every key with its default; ours with a sentence, TrainingArguments' own by name."""
-    print("usage: [deepspeed | torchrun ... | python] run_pretrain.py [args.json] [key=value ...] [debug=true]\n")
+    print("usage: [deepspeed | torchrun ... | python] run_pretrain.py [args.json] [key=value ...] [debug=true]")
+    print("       smolpretrain train [args.json] [key=value | --key value | --key=value ...]\n")
     inherited = []
     for cls in dataclasses:
         own = {

@@ -18,7 +18,7 @@ if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the pack
 
 from smolpretrain.core import status
 from smolpretrain.core.text import one_line
-from smolpretrain.core.words import parse_args
+from smolpretrain.core.words import collect, parse_args, switches_of
 from smolpretrain.data import preparation, publish
 from smolpretrain.data.arguments import CorpusArguments
 from smolpretrain.data.pack.assemble import SKIPPED_ROWS
@@ -28,7 +28,8 @@ from smolpretrain.data.tokens import tokenization
 
 TRAIN = "train"
 TOKENIZER_DOCUMENTS = 100_000
-USAGE = """usage: python data/prepare.py [prepare.json] [key=value ...]
+PUBLISHING = {"push_to_hub", "public", "license"}
+USAGE = """usage: python data/prepare.py [prepare.json] [key=value | --key value | --key=value ...]
        python data/prepare.py --merge [prepare.json] [key=value ...]   join what several machines prepared
        python data/prepare.py --verify DIR                             re-check every byte of a set
        ... --push_to_hub user/name [--public] [--license ID]           then publish it; with no key but prepared_dir,
@@ -50,6 +51,11 @@ class PrepareArguments(CorpusArguments):
     vocab_size: int = field(default=4096, metadata={"help": "Tokens of the tokenizer that 'train' trains."})
     shard_index: int | None = field(default=None, metadata={"help": "This machine's number, from 0, of num_shards."})
     num_shards: int | None = field(default=None, metadata={"help": "Machines that share the work and prepared_dir."})
+    merge: bool = field(default=False, metadata={"help": "Join what several machines have prepared."})
+    verify: str | None = field(default=None, metadata={"help": "A set: re-check every byte of it, and do no more."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Then publish it as this dataset of the Hub."})
+    public: bool = field(default=False, metadata={"help": "Anybody may see it there; default: you alone."})
+    license: str | None = field(default=None, metadata={"help": "Its licence as the Hub names it, such as odc-by."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,6 +63,11 @@ class PrepareArguments(CorpusArguments):
             raise ValueError("shard_index and num_shards go together: give both or neither.")
         if self.shard_index is None:
             self.shard_index, self.num_shards = slurm_share(os.environ)
+        if (self.public or self.license) and not self.push_to_hub:
+            key = "license" if self.license else "public"
+            raise ValueError(f"{key} says how a set is published: give push_to_hub=user/name too.")
+        if self.push_to_hub and self.num_shards > 1 and not self.merge:
+            raise ValueError("push_to_hub belongs to the last step: prepare.py --merge ... push_to_hub=NAME")
 
 
 def slurm_share(environment) -> tuple[int, int]:
@@ -70,7 +81,7 @@ def slurm_share(environment) -> tuple[int, int]:
     return (number - lowest) // step, count
 
 
-def run(args: PrepareArguments, merging: bool = False) -> None:
+def run(args: PrepareArguments) -> None:
     """Prepare, or join, and say what there is now."""
     if args.tokenizer_name == TRAIN:
         documents = islice(corpus.read_documents(**args.reading), TOKENIZER_DOCUMENTS)
@@ -88,7 +99,7 @@ def run(args: PrepareArguments, merging: bool = False) -> None:
         shard_index=args.shard_index,
         num_shards=args.num_shards,
         save_tokenizer=True,
-        only_merge=merging,
+        only_merge=args.merge,
     )
     if manifest is None:
         print(f"share {args.shard_index} of {args.num_shards} is done; after the last one: prepare.py --merge.")
@@ -120,23 +131,20 @@ def main(argv=None) -> None:
     try:
         if "--help" in argv or "-h" in argv:
             print_help()
-        elif argv[:1] == ["--verify"]:
-            if len(argv) != 2:
+            return
+        (args,) = parse_args(argv, (PrepareArguments,))
+        given = collect(argv, switches_of((PrepareArguments,))).keys()
+        if args.verify:
+            if given != {"verify"}:
                 raise ValueError("--verify takes one directory, as in: prepare.py --verify prepared")
-            manifest = verify(argv[1], sha256=True)
-            print(f"{argv[1]} is whole: {len(manifest.files)} files, every byte as its manifest says.")
+            manifest = verify(args.verify, sha256=True)
+            print(f"{args.verify} is whole: {len(manifest.files)} files, every byte as its manifest says.")
+        elif args.push_to_hub:
+            publication = publish.Publication(args.push_to_hub, args.public, args.license)
+            make = None if given <= {"prepared_dir", *PUBLISHING} else functools.partial(run, args)
+            print(f"published: {publish.publish(publication, args.prepared_dir, make)}")
         else:
-            argv, publication = publish.take_flags(argv)
-            (args,) = parse_args([word for word in argv if word != "--merge"], (PrepareArguments,))
-            make = functools.partial(run, args, "--merge" in argv)
-            if publication is None:
-                make()
-            elif args.num_shards > 1 and "--merge" not in argv:
-                raise ValueError("--push_to_hub belongs to the last step: prepare.py --merge ... --push_to_hub NAME")
-            else:
-                finished = all(word.startswith("prepared_dir=") for word in argv)
-                address = publish.publish(publication, args.prepared_dir, None if finished else make)
-                print(f"published: {address}")
+            run(args)
     except publish.NotUploaded as error:
         ArgumentParser(prog="prepare.py").exit(status.NOT_UPLOADED, f"prepare.py: error: {error}\n")
     except OSError as error:

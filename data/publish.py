@@ -44,24 +44,6 @@ class Publication:
         )
 
 
-def take_flags(argv: list[str]) -> tuple[list[str], Publication | None]:
-    """Part a command line: what is left of it, and what --push_to_hub, --public and --license ask for, if anything."""
-    rest, given, words = [], {}, iter(argv)
-    for word in words:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if word == "--public":
-            given["public"] = True
-        elif word.startswith("--") and name in ("push_to_hub", "license"):
-            given[name] = value if equals else next(words, "")
-            if not given[name] or given[name].startswith("-"):
-                raise ValueError(f"--{name} needs a value, as in: --push_to_hub user/name --license apache-2.0")
-        else:
-            rest.append(word)
-    if given and "push_to_hub" not in given:
-        raise ValueError(f"--{next(iter(given))} says how a set is published: give --push_to_hub user/name too.")
-    return rest, Publication(given.pop("push_to_hub"), **given) if given else None
-
-
 def claim(publication: Publication) -> None:
     """Make sure that the set will be taken, before anything expensive: identity, licence, repository, write right.
 

@@ -102,7 +102,7 @@ def _read_prepared(directory, tokenizer):
 def main(argv=None):
     """The command; what a user can get wrong is one line and exit status 2."""
     datasets.logging.set_verbosity(50)
-    parser = command.build_parser("contamination.py", __doc__.split("\n")[0], OPTIONS)
+    parser = command.build_parser("contamination.py", __doc__.split("\n")[0], OPTIONS, file=False)
     parser.add_argument("data", nargs="+", help=f"prepared sets, files or globs ({' '.join(corpora.READERS)})")
     args = parser.parse_args(argv)
     items = read_items()

@@ -11,7 +11,6 @@ low, high, n, file, settings, commit; file relative to RUN_DIR, settings JSON); 
 run_pretrain.py calls it at the end of a run.
 """
 
-import argparse
 import csv
 import json
 import math
@@ -25,6 +24,7 @@ if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the pack
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "in_place.py"))
 
 from smolpretrain.core.files import read_json, read_rows
+from smolpretrain.core.options import Parser
 from smolpretrain.core.text import one_line
 from smolpretrain.eval.parts import comparison, page, plots
 
@@ -234,7 +234,7 @@ def _figure_row(row):
 
 def main(argv=None):
     """The command; what a user can get wrong is one line and exit status 2."""
-    parser = argparse.ArgumentParser("report.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("report.py", description=__doc__.split("\n")[0])
     parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of run_pretrain.py")
     args = parser.parse_args(argv)
     try:

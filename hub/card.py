@@ -6,7 +6,6 @@ Reads run.json, metrics.jsonl, samples.jsonl, config.json, prepared/manifest.jso
 eval/report.py, eval/compare.py and eval/benchmark.py wrote; what is missing is said. Writes RUN_DIR/README.md.
 """
 
-import argparse
 import re
 import runpy
 import sys
@@ -19,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from smolpretrain.core.options import Parser
 from smolpretrain.core.text import one_line
 from smolpretrain.hub import card_evaluation, card_sections
 from smolpretrain.hub.run_record import read_run
@@ -105,7 +105,7 @@ def hub_datasets(source):
 
 def main(argv=None):
     """The command; what a user can get wrong is one line and exit status 2."""
-    parser = argparse.ArgumentParser("card.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("card.py", description=__doc__.split("\n")[0])
     parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of run_pretrain.py")
     parser.add_argument("--license", required=True, metavar="ID", help="as the Hub names it: apache-2.0, odc-by, ...")
     parser.add_argument("--repo", metavar="USER/NAME", help="where the model will be on the Hub")

@@ -31,6 +31,7 @@ import transformers
 from huggingface_hub.utils import disable_progress_bars
 
 from smolpretrain.core import status
+from smolpretrain.core.options import Parser
 from smolpretrain.core.text import one_line, reason
 from smolpretrain.hub import branches, card, folder
 from smolpretrain.hub.connection import Repository, check_license
@@ -194,7 +195,7 @@ def send(args, repository: Repository, run: dict, target: Path) -> None:
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("publish.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("publish.py", description=__doc__.split("\n")[0])
     parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of run_pretrain.py")
     parser.add_argument("--repo", required=True, metavar="USER/NAME", help="the model repository")
     parser.add_argument(
@@ -247,7 +248,7 @@ def main(argv=None) -> None:
 
 
 def refuse(error, code: int) -> None:
-    argparse.ArgumentParser("publish.py").exit(code, f"publish.py: error: {one_line(error)}\n")
+    Parser("publish.py").exit(code, f"publish.py: error: {one_line(error)}\n")
 
 
 @contextlib.contextmanager

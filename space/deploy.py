@@ -19,6 +19,7 @@ if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the pack
 from huggingface_hub import HfApi, SpaceCard
 from huggingface_hub.utils import disable_progress_bars
 
+from smolpretrain.core.options import Parser
 from smolpretrain.core.text import reason
 from smolpretrain.hub.connection import Repository, check_license, owner, persist
 from smolpretrain.space.static import write_page
@@ -99,7 +100,7 @@ def deploy(args, folder: Path) -> str:
 
 def parse(argv=None):
     description = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser("deploy.py", argparse.SUPPRESS, description, allow_abbrev=False)
+    parser = Parser("deploy.py", argparse.SUPPRESS, description)
     parser.add_argument("--model", required=True, metavar="USER/NAME[@REVISION]", help="the model on the Hub")
     parser.add_argument("--compare", metavar="USER/NAME[@REVISION]", help="a second one to stand beside it")
     parser.add_argument("--repo", metavar="USER/SPACE", help="default: named like the model")

@@ -7,7 +7,6 @@ comparison.json (eval/compare.py), as files; what is missing is said on the page
 whole of a Space with `sdk: static`, which is free for everybody.
 """
 
-import argparse
 import base64
 import hashlib
 import json
@@ -23,6 +22,7 @@ if "smolpretrain" not in sys.modules:  # run from a clone: the clone is the pack
 from huggingface_hub import SpaceCard, SpaceCardData
 
 from smolpretrain.core import files, secrets
+from smolpretrain.core.options import Parser
 from smolpretrain.core.text import one_line
 
 HERE = Path(__file__).resolve().parent
@@ -206,7 +206,7 @@ def write_page(run_dir, output_dir, repo_id=None, license=None):
 
 def main(argv=None):
     """The command; what a user can get wrong is one line and exit status 2."""
-    parser = argparse.ArgumentParser("static.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("static.py", description=__doc__.split("\n")[0])
     parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of run_pretrain.py")
     parser.add_argument("--output_dir", metavar="DIR", help="default: RUN_DIR/space")
     parser.add_argument("--repo", metavar="USER/NAME", help="the model on the Hub")

@@ -72,7 +72,7 @@ def test_a_slurm_array_s_task_is_a_share():
         (["shard_index=2", "num_shards=2"], "shard_index must be at least 0 and below num_shards = 2, got 2."),
         (["tokenizer_backend=fast"], "command line: tokenizer_backend = 'fast' is not one of auto, tokenizers, tokie."),
         (["--verify", "none"], "none is not a prepared set"),
-        (["--verify"], "--verify takes one directory"),
+        (["--verify", "set", "block_size=3"], "--verify takes one directory"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_exit_status_2(tmp_path, monkeypatch, capsys, words, sentence):

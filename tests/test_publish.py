@@ -166,8 +166,8 @@ def test_pushed_again_nothing_is_sent_and_another_set_leaves_no_shard_behind(her
         ("--push_to_hub new", "hf_loopback", "--push_to_hub new names no owner: write user/new."),
         ("--push_to_hub user/a--b", "hf_loopback", "--push_to_hub user/a--b: Cannot have -- or .. in repo_id"),
         ("--push_to_hub", "hf_loopback", "--push_to_hub needs a value"),
-        ("--license mit", "hf_loopback", "--license says how a set is published: give --push_to_hub user/name too."),
-        ("--push_to_hub user/new shard_index=0 num_shards=2", "hf_loopback", "--push_to_hub belongs to the last step"),
+        ("--license mit", "hf_loopback", "license says how a set is published: give push_to_hub=user/name too."),
+        ("--push_to_hub user/new shard_index=0 num_shards=2", "hf_loopback", "push_to_hub belongs to the last step"),
     ],
 )
 def test_what_the_hub_would_refuse_is_said_before_anything_is_prepared(

@@ -12,6 +12,7 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 
 from smolpretrain.core.files import write_json
+from smolpretrain.core.options import Parser
 from smolpretrain.core.text import one_line
 
 from .. import perplexity
@@ -115,9 +116,9 @@ def _cell(value):
     return f"{value:,.4f}" if isinstance(value, float) else str(value)
 
 
-def build_parser(prog, description, options):
+def build_parser(prog, description, options, *, file=True):
     """argparse over {name: add_argument's keywords}, no abbreviations."""
-    parser = argparse.ArgumentParser(prog, argparse.SUPPRESS, description, allow_abbrev=False)
+    parser = Parser(prog, argparse.SUPPRESS, description, file=file)
     for name, option in options.items():
         parser.add_argument(f"--{name}", **option)
     return parser
