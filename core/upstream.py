@@ -226,3 +226,11 @@ def with_group_bits(optimizer_class: Any) -> Any:
 
     GroupedBits.__name__ = optimizer_class.__name__  # DeepSpeed and logs show the name
     return GroupedBits
+
+
+# Python 3.11 to 3.13
+
+
+def pool_processes(pool: Any) -> list[Any]:
+    """The processes of a ProcessPoolExecutor: there is no other way to their exit statuses."""
+    return list(pool._processes.values())

@@ -8,6 +8,8 @@ import inspect
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import bitsandbytes
@@ -216,3 +218,9 @@ def test_bits_of_the_state_are_those_of_a_parameter_s_group():
     optimizer.step()
     assert [optimizer.state[p]["state1"].dtype for p in kept] == [torch.uint8, torch.float32]
     assert cls.__name__ == "AdamW" and not dist.is_initialized()
+
+
+def test_a_pool_s_processes_are_those_that_work():
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        worker = pool.submit(os.getpid).result()
+        assert [process.pid for process in upstream.pool_processes(pool)] == [worker]

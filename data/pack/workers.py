@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from smolpretrain.core import upstream
 from smolpretrain.core.files import write_json
 
 from ..read.cleaning import Cleaning, Seen
@@ -110,7 +111,7 @@ def write_parts(work: Work, shard_index: int, num_shards: int, num_proc: int, pr
         counts, killed = context.Array("q", 3 * num_proc, lock=False), _killed_for_memory()
         with ProcessPoolExecutor(num_proc, context, _see_counts, (counts,)) as pool:
             shares = [pool.submit(_write_share, work, numbers, at, num_proc) for at in range(num_proc)]
-            processes = list(pool._processes.values())  # there is no other way to their exit statuses
+            processes = upstream.pool_processes(pool)
             while wait(shares, SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION).not_done and not _failed(shares):
                 progress.reach(*(sum(counts[at::3]) for at in range(3)))
             try:
