@@ -6,12 +6,15 @@ import functools
 import os
 import platform
 import shutil
+import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice, tee
 from pathlib import Path
+
+from smolpretrain.core import status
 
 from .pack import shards
 from .pack.assemble import assemble
@@ -126,7 +129,8 @@ def prepare(
         for split, one in zip(manifest.split_names[1:], sets.values(), strict=True):
             more = one.parts()
             parts, splits = [*parts, *more], [*splits, *[split] * len(more)]
-    directory = open_partial(target, manifest)
+    with _disk(target):
+        directory = open_partial(target, manifest)
     work = Work(directory, parts, tokenizer, manifest, tokenizer_backend, limits, cleaning, splits, held_out)
     log = PreparationLog(target)
     with _disk(target), in_use(work.directory, say), log.failure():
@@ -208,14 +212,20 @@ def _raised(texts: Iterable, fraction: float, limits: Limits, cleaning: Cleaning
     return None if raised == fraction else raised
 
 
+class DiskFull(OSError):
+    """No room for the set; the whole sentence."""
+
+    status = status.NO_SPACE
+
+
 @contextlib.contextmanager
 def _disk(target: Path):
     """Name the directory where its disk is full."""
     try:
         yield
-    except OSError as error:
-        if error.errno in FULL and not error.filename:
-            raise OSError(
-                error.errno, f"{os.strerror(error.errno)}; make room and start again to go on", str(target)
-            ) from error
-        raise
+    except (OSError, sqlite3.OperationalError) as error:  # sqlite3: what is seen of duplicates
+        full = error.errno in FULL if isinstance(error, OSError) else "full" in str(error)
+        if not full:
+            raise
+        words = os.strerror(error.errno) if isinstance(error, OSError) else str(error)
+        raise DiskFull(f"{target}: {words}: make room, and start again to go on from there.") from error

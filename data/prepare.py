@@ -8,7 +8,7 @@ import json
 import os
 import runpy
 import sys
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -147,13 +147,9 @@ def main(argv=None) -> None:
             run(args)
     except publish.NotUploaded as error:
         ArgumentParser(prog="prepare.py").exit(status.NOT_UPLOADED, f"prepare.py: error: {error}\n")
-    except OSError as error:
-        full = error.errno in preparation.FULL
-        said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
-        code = status.NO_SPACE if full else status.BAD_INPUT
-        ArgumentParser(prog="prepare.py").exit(code, f"prepare.py: error: {one_line(said)}\n")
-    except ValueError as error:
-        ArgumentParser(prog="prepare.py", usage=SUPPRESS).error(one_line(error))
+    except (ValueError, OSError) as error:
+        code = getattr(error, "status", status.BAD_INPUT)
+        ArgumentParser(prog="prepare.py").exit(code, f"prepare.py: error: {one_line(error)}\n")
 
 
 def print_help() -> None:

@@ -1,5 +1,6 @@
 """A checkpoint counts when its manifest says so, and a command goes on with the same run or says no."""
 
+import errno
 import json
 import os
 import resource
@@ -343,6 +344,17 @@ def test_two_runs_cannot_share_an_output_dir_and_a_killed_one_leaves_it_free(tmp
     said = [subprocess.run(once, capture_output=True, text=True, cwd=ROOT).stdout.strip() for _ in range(2)]
     assert said[0].endswith(f"was left by a run that ended without a word ({who}): taken over.")
     assert said[1] == "None"  # one that ended in order leaves no word behind
+
+
+def test_storage_without_locks_is_said_and_gone_on_with(tmp_path, monkeypatch):
+    def none(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", none)
+    assert lock.take(tmp_path) == (
+        f"{tmp_path}/run.lock: its storage has no locks: nothing keeps a second run away from output_dir; "
+        "start only one."
+    )
 
 
 class Metadata(BaseHTTPRequestHandler):

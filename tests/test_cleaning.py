@@ -17,7 +17,7 @@ from smolpretrain.data.preparation import prepare
 from smolpretrain.data.prepared import load_validation_documents
 from smolpretrain.data.read import cleaning as cleaning_module
 from smolpretrain.data.read import readers
-from smolpretrain.data.read.cleaning import NGRAM_WORDS, WORD, Decontaminator, Seen
+from smolpretrain.data.read.cleaning import NGRAM_WORDS, WORD, Cleaner, Cleaning, Decontaminator, Seen
 from smolpretrain.data.read.corpus import describe_source, read_documents
 
 
@@ -221,3 +221,17 @@ def test_killed_anywhere_a_cleaned_set_goes_on_to_the_same_bytes(tmp_path):
     mine, theirs = files(tmp_path / "killed"), files(tmp_path / "undisturbed")
     mine.pop("manifest.json"), theirs.pop("manifest.json")  # they name the two files
     assert mine == theirs
+
+
+@pytest.mark.parametrize("theirs", ["body", "text"])
+def test_evaluation_texts_stand_where_the_corpus_says_or_in_a_column_text(tmp_path, theirs):
+    words = " ".join(f"word{number}" for number in range(NGRAM_WORDS))
+    path = tmp_path / "evaluation.jsonl"
+    path.write_text(json.dumps({theirs: words}) + "\n")
+    cleaner = Cleaner(Cleaning(decontaminate=[str(path)], text_column="body"))
+    assert cleaner([f"so {words} it goes", "another"], {})[0] == ["another"]
+    cleaner = Cleaner(Cleaning(decontaminate=[str(path)], text_template=f"{{{theirs}}}"))
+    assert cleaner([f"so {words} it goes", "another"], {})[0] == ["another"]
+    path.write_text(json.dumps({"other": words}) + "\n")
+    with pytest.raises(ValueError, match="no column 'text'; set text_column to one of other"):
+        Cleaner(Cleaning(decontaminate=[str(path)], text_column="body"))

@@ -288,6 +288,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_of_the_hub_only_the_files_are_fetched_that_are_read(hub, launch, tmp_path):
     shards = {}
     for number in range(4):

@@ -1,6 +1,7 @@
 """Text to ids: the trained tokenizer, the loaded one, and documents that end in EOS."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 
 from smolpretrain.data.tokens.tokenization import (
     SPECIAL_TOKENS,
+    cut_runs,
     encode_documents,
     load_tokenizer,
     token_dtype,
@@ -180,3 +182,13 @@ def test_smollm2s_own_tokenizer_keeps_its_digits_apart():
     ids = encode_documents(tokenizer, ["in 2024"])[0]
     assert [tokenizer.decode([number]) for number in ids] == ["in", " ", "2", "0", "2", "4", "<|endoftext|>"]
     assert tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS) == list(range(17))
+
+
+def test_a_word_without_end_is_trained_on_in_pieces():
+    chance = random.Random(0)
+    runs = "".join(chance.choices("acgt", k=3500))
+    cuts = [runs[at : at + 1000] for at in range(0, 3500, 1000)]
+    assert cut_runs(f"a word {runs} after") == ["a word ", *cuts, " after"]
+    for text in ("", "x " * 4000, "y" * 1000, "two\n\nlines"):
+        assert "".join(cut_runs(text)) == text and len(cut_runs(text)) <= 1
+    assert train_tokenizer([runs], 300).get_vocab() == train_tokenizer(cuts, 300).get_vocab()

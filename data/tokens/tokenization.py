@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -29,7 +30,18 @@ SPECIAL_TOKENS = [
     "<jupyter_script>",
     "<empty_output>",
 ]
+RUN = 1000  # characters of a word that a tokenizer is trained on at once
+LONG_RUN = re.compile(rf"\S{{{RUN + 1},}}")
 MODEL_MAX_LENGTH = 8192  # SmolLM2's; a bound for warnings only, nothing here truncates
+
+
+def cut_runs(text: str) -> list[str]:
+    """Cut what runs on without white space into pieces of RUN: of 3 MB in one word, training would take hours."""
+    at, found = 0, []
+    for run in LONG_RUN.finditer(text):
+        found += [text[at : run.start()], *(run[0][cut : cut + RUN] for cut in range(0, len(run[0]), RUN))]
+        at = run.end()
+    return [piece for piece in [*found, text[at:]] if piece]
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -63,7 +75,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
     )
-    documents = iter(documents)
+    documents = (piece for document in documents for piece in cut_runs(document))
     first = next(documents, None)
     if first is None:
         raise ValueError("There is no text to train a tokenizer on; the corpus holds no document.")

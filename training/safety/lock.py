@@ -6,6 +6,8 @@ import os
 import socket
 from pathlib import Path
 
+from smolpretrain.core.files import NO_LOCKS
+
 LOCK = "run.lock"
 
 
@@ -16,7 +18,7 @@ def take(output_dir):
     DataLoader workers do not inherit it, so a run killed by SIGKILL can be started again at once.
 
     Returns:
-        A sentence on a run that held it and ended without a word, or None.
+        A sentence on a run that held it and ended without a word, or on storage that has no locks, or None.
 
     Raises:
         ValueError: Another run is at work there.
@@ -28,7 +30,11 @@ def take(output_dir):
     who = file.read().strip()
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return f"{path}: its storage has no locks: nothing keeps a second run away from output_dir; start only one."
+        if not isinstance(error, BlockingIOError | PermissionError):
+            raise
         raise ValueError(
             f"output_dir = {output_dir} is in use by another run ({who or 'just starting'}): wait until it ends, or "
             "name another output_dir."

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 from .. import readers
 
-PIECE = 2048  # compressed bytes decompressed at once: of the worst gzip 2 MB
-PIECES = {".zst": 512}  # of the worst zstd 16 MB
+PIECE = 8192  # compressed bytes decompressed at once: of the worst gzip 8 MB
+PIECES = {".zst": 1024}  # of the worst zstd 32 MB
 GATHERED = 2**18
 UTF8 = ("utf-8", "utf-8-sig", "ascii")
 BOM = codecs.BOM_UTF8
