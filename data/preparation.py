@@ -122,6 +122,7 @@ def prepare(
         manifest.held_out_fraction = _raised(looked_at, validation_fraction, limits, cleaning)
         if manifest.held_out_fraction is not None:
             say(f"validation_fraction {validation_fraction} would hold out no document: it is raised to hold out one.")
+    del looked_at  # of an iterator it would keep every document
     splits, held_out = [TRAIN] * len(parts), None
     if validation:
         sets = open_sets(validation, **reading_validation or {})
