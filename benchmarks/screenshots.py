@@ -1,6 +1,7 @@
-"""Pictures of the demo for README: two models beside each other on a desk, and on a telephone in the dark.
+"""Pictures for README: the demo with two models on a desk and on a telephone in the dark, and a run's report.
 
     python benchmarks/screenshots.py runs/first runs/first/checkpoint-250 --output_dir docs
+    python benchmarks/screenshots.py runs/first        # the report alone
 
 Serves space/app.py and opens it in Debian's Chromium (`pip install -e '.[test]'`, `apt-get install chromium`). What the
 models write is the first and only draw of the seed.
@@ -54,14 +55,8 @@ def take(browser, address, path, width, height, scheme):
     page.close()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("compare")
-    parser.add_argument("--output_dir", type=Path, default=Path("docs"))
-    parser.add_argument("--chromium", default="/usr/bin/chromium")
-    args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+def take_demo(browser, args):
+    """Serve the demo of both models and photograph each view."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -70,14 +65,37 @@ def main():
     try:
         address = f"http://127.0.0.1:{port}/"
         wait_for(address, server)
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox", "--disable-gpu"])
-            for name, view in VIEWS.items():
-                take(browser, address, args.output_dir / name, *view)
-                print(f"{(args.output_dir / name).stat().st_size / 1e3:,.0f} kB  {args.output_dir / name}")
+        for name, view in VIEWS.items():
+            take(browser, address, args.output_dir / name, *view)
     finally:
         server.terminate()
         server.wait()
+
+
+def take_report(browser, run, path):
+    """Photograph the top of report.html: what was reached, and the curves."""
+    page = browser.new_page(viewport={"width": 1100, "height": 1000})
+    page.goto(Path(run, "report", "report.html").resolve().as_uri())
+    page.screenshot(path=path)
+    page.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("compare", nargs="?")
+    parser.add_argument("--output_dir", type=Path, default=Path("docs"))
+    parser.add_argument("--chromium", default="/usr/bin/chromium")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox", "--disable-gpu"])
+        if Path(args.model, "report", "report.html").is_file():
+            take_report(browser, args.model, args.output_dir / "report.png")
+        if args.compare:
+            take_demo(browser, args)
+    for path in sorted(args.output_dir.glob("*.png")):
+        print(f"{path.stat().st_size / 1e3:,.0f} kB  {path}")
 
 
 if __name__ == "__main__":
