@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from transformers import TrainingArguments
 
+from smolpretrain.__main__ import VERBS
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 
 README = ROOT / "README.md"
@@ -130,6 +131,13 @@ def test_the_page_of_arguments_has_every_key_with_its_help():
     for cls in (ModelArguments, DataArguments):
         for f in fields(cls):
             assert " ".join(f.metadata["help"].split()) in words
+
+
+def test_the_table_of_verbs_is_the_command_s():
+    rows = re.findall(
+        r"^\| `(\w+)` \| `([\w/]+)\.py` \| (.*) \|$", read(ROOT / "docs" / "start.md"), flags=re.MULTILINE
+    )
+    assert {verb: (path.replace("/", "."), said) for verb, path, said in rows} == VERBS
 
 
 @pytest.fixture(scope="module")
