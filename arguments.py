@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from smolpretrain import ds_configs, limits
 from smolpretrain.core import precision
-from smolpretrain.data.arguments import CorpusArguments, one_of
+from smolpretrain.data.arguments import CorpusArguments, one_of, read_entries
 from smolpretrain.limits import COMPRESSIONS, SCHEDULE
 
 STREAM_DOCUMENTS = 20_000  # at 2 kB each 40 MB of text: seconds to prepare, 100 held out at the default fraction
@@ -29,6 +29,12 @@ FREE_ON_RESUME = (
 ATTENTION = (
     *("auto", "varlen", "sdpa_documents", "flash_attention_4", "flash_attention_3", "flash_attention_2"),
     *("flex_attention", "sdpa", "eager"),
+)
+
+
+ONLY_PREPARING = (
+    *("dataset_name", "data_files", "mixture", "streaming", "max_documents", "max_tokens", "min_characters"),
+    *("max_characters", "deduplicate", "decontaminate", "filters", "validation_files", "validation_split"),
 )
 
 
@@ -81,18 +87,34 @@ class DataArguments(CorpusArguments):
         default=True,
         metadata={"help": "Attention stays inside a document and positions restart with it. false: plain causal rows."},
     )
-    prepared_dir: str | None = field(
+    prepared_dir: str | list[dict[str, typing.Any]] | None = field(
         default=None,
-        metadata={"help": "Where the packed set is, or is written. Default: output_dir/prepared."},
+        metadata={
+            "help": "Where the packed set is, or is written. Default: output_dir/prepared. Or several sets by "
+            'their share of the rows: [{"prepared_dir": "a", "weight": 0.7}, {"prepared_dir": "b", "weight": 0.3, '
+            '"max_epochs": 4}]. Each may have a name, that of its held-out text; by default its directory\'s.'
+        },
     )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.blend:
+            for name, value in (vars(self) | self.preparing["cleaning"]).items():
+                if name in ONLY_PREPARING and value:
+                    raise ValueError(
+                        f"{name} = {value} belongs to preparing a set; prepared_dir names several that are prepared: "
+                        f"leave {name} out."
+                    )
         if self.trains_from_stream and self.prepared_dir is not None:
             raise ValueError(
                 f"prepared_dir = {self.prepared_dir} would not be read: streaming = true trains straight from the "
                 "text. Leave one of them out, or bound the stream with max_documents or max_tokens to prepare it."
             )
+
+    @property
+    def blend(self):
+        """`blend.Entry` of each set, where several prepared sets are named; else none."""
+        return read_entries(self.prepared_dir) if isinstance(self.prepared_dir, list) else []
 
     @property
     def trains_from_stream(self):
@@ -285,6 +307,26 @@ class PretrainArguments(TrainingArguments):
     def on_resume(self, names):
         """{name: JSON value} of arguments that a run is held against when it goes on."""
         return {name: getattr(value := getattr(self, name), "value", value) for name in names}
+
+    @property
+    def rows_a_step(self):
+        """Rows of all ranks that one optimizer step takes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def blend_in_order(self, blend):
+        """Have the rows of a `blend.Blend` taken in their order, which keeps the shares.
+
+        Raises:
+            ValueError: A set would be read more often than its max_epochs.
+        """
+        self.train_sampling_strategy = "sequential"
+        if self.max_steps > 0:
+            blend.check_length(self.max_steps, self.rows_a_step)
+        elif self.num_train_epochs > 1:
+            raise ValueError(
+                f"num_train_epochs = {self.num_train_epochs} would go over a blend again: max_epochs of each set says "
+                "how often it may be read; set num_train_epochs to 1."
+            )
 
     def stream_share(self):
         """This rank's share of a stream: arguments of `stream.open_stream`. Rows are then taken in their order.

@@ -57,9 +57,11 @@ from smolpretrain.core import files, status, upstream
 from smolpretrain.core.architectures import load_config
 from smolpretrain.core.text import one_line
 from smolpretrain.core.words import collect, parse_args, place, resolve, switches_of, take_switch
-from smolpretrain.data import preparation, prepared, stream
+from smolpretrain.data import preparation, stream
+from smolpretrain.data.blend import Blend
 from smolpretrain.data.collator import PackedCollator
 from smolpretrain.data.pack.manifest import Manifest
+from smolpretrain.data.prepared import PreparedSet
 from smolpretrain.data.read import corpus
 from smolpretrain.data.tokens import tokenization
 from smolpretrain.eval import report as run_report
@@ -127,65 +129,72 @@ def choose_checkpoint(args, run):
 
 
 def prepare_data(model_args, data_args, args, config):
-    """Text to tokenizer and packed set. The first rank makes them, the others find them made."""
+    """Text to tokenizer and packed set, or sets. The first rank makes them, the others find them made."""
     prepared_dir = data_args.prepared_dir or os.path.join(args.output_dir, "prepared")
+    seed = args.seed if args.data_seed is None else args.data_seed
+    data = Blend(data_args.blend, seed) if data_args.blend else PreparedSet(prepared_dir)
     if RANK != 0:
         ranks.wait_for_first(args.world_size, done=False)
         tokenizer = tokenization.load_tokenizer(args.output_dir)
         model.fit_config(config, tokenizer, data_args.block_size)
-        return tokenizer, prepared_dir
+        return tokenizer, data
     wanted = model.tokenizer_source(model_args.model_name, model_args.tokenizer_name)
+    if wanted == model.TRAIN and data_args.blend:
+        raise ValueError("tokenizer_name = train: prepared_dir names sets that have theirs; give DIR/tokenizer of one.")
     if wanted == model.TRAIN:
         documents = islice(corpus.read_documents(**data_args.reading), TOKENIZER_DOCUMENTS)
         tokenizer = tokenization.train_tokenizer(documents, config.vocab_size)
     else:
         tokenizer = tokenization.load_tokenizer(wanted)
     model.fit_config(config, tokenizer, data_args.block_size)
-    as_it_is = data_args.prepared_dir and not data_args.named and Manifest.stands_in(prepared_dir)
-    fraction = {}
-    if as_it_is and not data_args.fraction_given:
-        fraction = {"validation_fraction": Manifest.load(prepared_dir).validation_fraction}
-    manifest = preparation.prepare(
-        corpus.read_documents(**data_args.reading),
-        tokenizer,
-        data_args.block_size,
-        prepared_dir,
-        source=None if as_it_is else corpus.describe_source(**data_args.source),
-        progress=not args.disable_tqdm,
-        **data_args.preparing | data_args.first_of_stream | fraction,
-    )
+    for directory in [entry.prepared_dir for entry in data_args.blend] or [prepared_dir]:
+        as_it_is = data_args.prepared_dir and not data_args.named and Manifest.stands_in(directory)
+        fraction = {}
+        if as_it_is and not data_args.fraction_given:
+            fraction = {"validation_fraction": Manifest.load(directory).validation_fraction}
+        manifest = preparation.prepare(
+            corpus.read_documents(**data_args.reading),
+            tokenizer,
+            data_args.block_size,
+            directory,
+            source=None if as_it_is or data_args.blend else corpus.describe_source(**data_args.source),
+            progress=not args.disable_tqdm,
+            **data_args.preparing | data_args.first_of_stream | fraction,
+        )
+        say(f"data: {manifest.summary}{', found in' if manifest.reused else ', written to'} {directory}.")
+        if there_too := manifest.filtered.get("held_out"):
+            say(f"data: {there_too:,} documents stand in the held-out text too: they were left out of training.")
     tokenizer.save_pretrained(args.output_dir)
-    say(f"data: {manifest.summary}{', found in' if manifest.reused else ', written to'} {prepared_dir}.")
-    if there_too := manifest.filtered.get("held_out"):
-        say(f"data: {there_too:,} documents stand in the held-out text too: they were left out of training.")
     ranks.wait_for_first(args.world_size, done=True)
-    return tokenizer, prepared_dir
+    return tokenizer, data
 
 
-def load_sets(data_args, args, tokenizer, prepared_dir, share):
+def load_sets(data_args, args, tokenizer, data, share):
     """Training rows and the held-out rows that are scored during training.
 
     Raises:
-        ValueError: Fewer rows than one step takes.
+        ValueError: Fewer rows than one step takes; of several sets, fewer than all steps do.
     """
-    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    a_step = args.rows_a_step
     if share is not None:
         documents = corpus.read_documents(**data_args.reading)
         train = stream.open_stream(documents, tokenizer, **data_args.streamed, **share)
     else:
-        train = prepared.load_blocks(prepared_dir, "train")
+        train = data.train_rows()
     if len(train) < a_step:
         raise ValueError(
             f"one step takes {a_step} rows (per_device_train_batch_size {args.per_device_train_batch_size} x "
             f"gradient_accumulation_steps {args.gradient_accumulation_steps} x {args.world_size} ranks), the set has "
             f"{len(train)} of {data_args.block_size} tokens: lower one of them or block_size, or give more text."
         )
+    if data_args.blend:  # in the order that keeps the shares
+        args.blend_in_order(data)
     together = args.per_device_train_batch_size * args.world_size  # what ranks take at once
-    if left_out := len(train) % together if args.dataloader_drop_last else 0:
+    if left_out := len(train) % together if args.dataloader_drop_last and not data_args.blend else 0:
         say(f"data: each epoch leaves out {left_out} of its {len(train):,} rows, others each time: they fill no batch.")
     held_out = {}
-    for name, split in Manifest.load(prepared_dir).held_out.items():
-        if rows := len(blocks := prepared.load_blocks(prepared_dir, split)):
+    for name in data.manifest.held_out:
+        if rows := len(blocks := data.held_out_rows(name)):
             held_out[name] = blocks.select(range(0, rows, -(-rows // args.max_eval_samples)))
     if not held_out:
         args.eval_strategy = IntervalStrategy.NO
@@ -215,7 +224,7 @@ def build_model(model_args, data_args, args, config):
     return network, zero3
 
 
-def make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, prepared_dir):
+def make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, data):
     """Network, rows, collator and record in one Trainer."""
     bounds = attention.takes_bounds(upstream.attention_of(network.config))
     collator = PackedCollator(tokenizer.eos_token_id, data_args.intra_document_masking, cu_seq_lens=bounds)
@@ -243,32 +252,31 @@ def make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, p
     )
     made.divergence.tell, made.measure = log.tell_bad_step, log.measure
     texts = []
-    for split in Manifest.load(prepared_dir).held_out.values() if sets[1] else ():
-        texts += islice(prepared.load_validation_documents(prepared_dir, split), 64)
+    for name in data.manifest.held_out if sets[1] else ():
+        texts += islice(data.held_out_documents(name), 64)
     made.bytes_per_token = held_out.bytes_per_token(tokenizer, texts)
     made.remove_callback(ProgressCallback)
     made.remove_callback(PrinterCallback)
     return made, log
 
 
-def score_held_out(args, tokenizer, prepared_dir, window):
+def score_held_out(args, tokenizer, data, window):
     """Score held-out documents with the exported model, with its random twin and with a unigram model.
 
     The window is a training row: positions past it were never trained.
     """
     unset_hf_deepspeed_config()  # or ZeRO-3 would split these models too
-    manifest, spaced = Manifest.load(prepared_dir), {}
-    for name, split in manifest.held_out.items():
-        every = -(-manifest.splits[split]["documents"] // args.max_eval_documents)
-        spaced[name] = list(islice(prepared.load_validation_documents(prepared_dir, split), 0, None, every))
+    spaced = {}
+    for name, split in data.manifest.held_out.items():
+        every = -(-data.manifest.splits[split]["documents"] // args.max_eval_documents)
+        spaced[name] = list(islice(data.held_out_documents(name), 0, None, every))
     dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     config = AutoConfig.from_pretrained(args.output_dir)
     models = {
         "trained": lambda: AutoModelForCausalLM.from_pretrained(args.output_dir, dtype=dtype).to(args.device),
         "random": lambda: model.random_model(config, args.seed, None).to(args.device, dtype),
     }
-    counts = prepared.load_unigram_counts(prepared_dir)
-    return judge.judge(models, counts, tokenizer, spaced, window, not args.disable_tqdm)
+    return judge.judge(models, data.unigram_counts(), tokenizer, spaced, window, not args.disable_tqdm)
 
 
 def train(made, args, checkpoint):
@@ -328,11 +336,10 @@ def story(argv):
         generation.read_prompts(args.sample_prompts)
         if RANK == 0 and model_args.init_from:
             model.check_weights(model_args.init_from, config)
-        tokenizer, prepared_dir = prepare_data(model_args, data_args, args, config)
-        sets = load_sets(data_args, args, tokenizer, prepared_dir, share)
+        tokenizer, data = prepare_data(model_args, data_args, args, config)
+        sets = load_sets(data_args, args, tokenizer, data, share)
         checkpoint_bytes = disk.check_start(args, config, len(sets[0]), say)
-        manifest = Manifest.load(prepared_dir)
-        run = describe_run(model_args, data_args, args, config, manifest, len(sets[0]))
+        run = describe_run(model_args, data_args, args, config, data.manifest, len(sets[0]))
         checkpoint = choose_checkpoint(args, run)
         if checkpoint and data_args.trains_from_stream:
             sets[0].load_state(checkpoint)
@@ -340,9 +347,10 @@ def story(argv):
             say(sentence)
         resolved = resolve(arguments)
         if RANK == 0:
-            planned, plan = start.plan(config.to_dict(), resolved, args.device, args.world_size, kernel)
+            more = {"rows": len(sets[0])} if data_args.blend else {}
+            planned, plan = start.plan(config.to_dict(), resolved | more, args.device, args.world_size, kernel)
             say("\n".join(planned))
-            record.write_start(args.output_dir, resolved, manifest, git=provenance.code_commit(), plan=plan)
+            record.write_start(args.output_dir, resolved, data.manifest, git=provenance.code_commit(), plan=plan)
         network, zero3 = build_model(model_args, data_args, args, config)
     except (ValueError, OSError) as error:
         if debug:
@@ -352,22 +360,25 @@ def story(argv):
         fail(ranks.cannot_meet(error))
     if args.deepspeed and args.use_cpu and (sentence := ds_configs.say_if_unbuilt(remove_stale_lock=RANK == 0)):
         say(sentence)
-    made, log = make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, prepared_dir)
+    made, log = make_trainer(network, zero3, model_args, data_args, args, tokenizer, sets, data)
     made.checkpoint_bytes = checkpoint_bytes
     if upload:
         upload.step_0, upload.say = not (zero3 or model_args.init_from), log.say
         made.add_callback(upload)
-    made.facts = run.facts() | {"data": manifest.fingerprint, "arguments_sha256": files.digest(resolved)}
+    made.facts = run.facts() | {"data": data.manifest.fingerprint, "arguments_sha256": files.digest(resolved)}
     if RANK == 0:
         record.write_run(args.output_dir, parameters=get_model_param_count(made.model), command=argv)
     train(made, args, checkpoint)
     result = {"tokens_seen": made.state.num_input_tokens_seen, "skipped_steps": made.divergence.skipped}
+    if data_args.blend:
+        rows = made.state.global_step * args.rows_a_step
+        result["blend"] = data.taken(rows)
     made.export()
     del made
     gc.collect()
     results = None
-    if manifest.held_out:
-        results = score_held_out(args, tokenizer, prepared_dir, data_args.block_size)
+    if data.manifest.held_out:
+        results = score_held_out(args, tokenizer, data, data_args.block_size)
     if RANK == 0:
         sentences = record.write_result(args.output_dir, log, results, result)
         run_report.write_report(args.output_dir)

@@ -1,6 +1,8 @@
 """What text is taken and how it becomes rows: the arguments that a run and `prepare.py` share, with their checks."""
 
 import difflib
+import os
+import re
 import typing
 from dataclasses import dataclass, field
 
@@ -8,10 +10,11 @@ from .pack.packing import PACKINGS
 from .read.corpus import MAX_DOCUMENT_BYTES, SOURCE
 from .read.documents import BAD_ROWS
 from .read.forms.columns import Columns
-from .read.validation import name_sets
+from .read.validation import NAME, name_sets
 from .tokens import BACKENDS
 
 VALIDATION_FRACTION = 0.005
+KEYS_OF_A_SET = ("prepared_dir", "weight", "max_epochs", "name")  # in a blend
 
 
 @dataclass
@@ -227,6 +230,63 @@ class CorpusArguments:
             "validation": self.validation,
             "reading_validation": self.judging,
         }
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One set of a blend.
+
+    Attributes:
+        weight: Its share of the rows, as it was given; the shares of all are weights over their sum.
+        max_epochs: How often each of its rows may be trained on.
+    """
+
+    prepared_dir: str
+    weight: float
+    max_epochs: int
+    name: str
+
+
+def read_entries(given: list[dict]) -> list[Entry]:
+    """Read the argument `prepared_dir` of several sets.
+
+    Raises:
+        ValueError: An unknown or missing key, a bad weight, max_epochs or name, a set or a name that stands twice.
+    """
+    if not given:
+        raise ValueError("prepared_dir is an empty list: name at least one set, or leave it out.")
+    entries = []
+    for number, one in enumerate(given):
+        try:
+            entries.append(_entry(one))
+        except ValueError as error:
+            raise ValueError(f"prepared_dir[{number}]: {error}") from None
+    for what, of in (("prepared_dir", lambda entry: os.path.realpath(entry.prepared_dir)), ("name", lambda e: e.name)):
+        values = list(map(of, entries))
+        if again := [entry for entry, value in zip(entries, values, strict=True) if values.count(value) > 1]:
+            remedy = "give each a name of its own" if what == "name" else "name it once, with the sum of the weights"
+            raise ValueError(f"prepared_dir: {what} {getattr(again[0], what)} stands twice: {remedy}.")
+    return entries
+
+
+def _entry(given: dict) -> Entry:
+    for key in given:
+        if key not in KEYS_OF_A_SET:
+            raise ValueError(f"{key} is not a key of a set; there are {', '.join(KEYS_OF_A_SET)}.")
+    directory, weight, max_epochs = given.get("prepared_dir"), given.get("weight"), given.get("max_epochs", 1)
+    if not isinstance(directory, str) or not directory:
+        raise ValueError(f"prepared_dir must be the directory of a prepared set, got {directory!r}.")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        raise ValueError(f"weight must be a number above 0, a share of the rows, got {weight!r}.")
+    if isinstance(max_epochs, bool) or not isinstance(max_epochs, int) or max_epochs < 1:
+        raise ValueError(f"max_epochs must be a whole number of at least 1, got {max_epochs!r}.")
+    name = given.get("name")
+    if name is None:
+        name = re.sub(r"\W+", "_", os.path.basename(os.path.realpath(directory)), flags=re.ASCII)
+        name = name if NAME.fullmatch(name) else f"set_{name}"
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(f"name {name!r} must be letters, digits and _, a letter first.")
+    return Entry(directory, weight, max_epochs, name)
 
 
 def one_of(name, value, choices):

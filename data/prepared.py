@@ -1,14 +1,16 @@
 """A prepared set, read: its rows, its held-out documents, its counts."""
 
+import functools
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from .pack.assemble import UNIGRAM_COUNTS
-from .pack.manifest import verify
+from .pack.manifest import Manifest, verify
 from .tokens.tokenization import token_dtype
 
 
@@ -44,3 +46,26 @@ def load_unigram_counts(prepared_dir: str | os.PathLike) -> np.ndarray:
     """Return how often each id stands in the training documents, int64 [vocab_size]. Raises as `load_blocks`."""
     verify(prepared_dir)
     return np.load(Path(prepared_dir, UNIGRAM_COUNTS))
+
+
+@dataclass
+class PreparedSet:
+    """What a run takes of a prepared set; `blend.Blend` has the same of several."""
+
+    directory: str
+
+    @functools.cached_property
+    def manifest(self) -> Manifest:
+        return Manifest.load(self.directory)
+
+    def train_rows(self):
+        return load_blocks(self.directory, "train")
+
+    def held_out_rows(self, name: str):
+        return load_blocks(self.directory, self.manifest.held_out[name])
+
+    def held_out_documents(self, name: str) -> Iterator[str]:
+        return load_validation_documents(self.directory, self.manifest.held_out[name])
+
+    def unigram_counts(self) -> np.ndarray:
+        return load_unigram_counts(self.directory)

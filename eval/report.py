@@ -57,6 +57,9 @@ def figures(run, trained, held_out):
         for name, key in (("random weights", "random_bits_per_byte"), ("unigram model", "unigram_bits_per_byte")):
             add(f"held-out bits per byte{of}, {name}", judged.get(key), "run.json", **more)
         add(f"held-out token perplexity{of}", scored.get("token_perplexity"), "run.json", **more)
+    for one in result.get("blend", []):
+        more = {key: one[key] for key in ("weight", "epochs")}
+        add(f"share of the rows ({one['name']})", one["realised"], "run.json", n=one["rows"], settings=more)
     add("parameters", run.get("parameters"), "run.json")
     add("tokens seen", result.get("tokens_seen"), "run.json")
     add("tokens a second, whole run", result.get("tokens_per_second"), "run.json")

@@ -117,6 +117,10 @@ def data(run):
         padding = " (padding among them)" if train.get("padding_tokens") else ""
         parts.append(f"Tokens seen: {number(seen)}{padding}. Unique: {number(min(seen, there))}. "
                      f"Epochs: {number(seen / there)}.")  # fmt: skip
+    if shares := run.result.get("blend"):
+        keys = ("weight", "realised", "rows", "epochs")
+        body = [[code(one["name"]), *(number(one[key]) for key in keys)] for one in shares]
+        parts += ["Prepared sets blended by weight, as trained on:", table(["set", *keys], body)]
     masking = "attention stays inside a document" if arguments.get("intra_document_masking") else "plain causal rows"
     packing = {"concat": "documents end to end, cut into rows", "best_fit": "documents up to a row are never cut"}
     how = arguments.get("packing")
@@ -138,6 +142,10 @@ def data(run):
 def _held_out(run):
     """How the held-out text was chosen."""
     sets = [split.removeprefix("validation_") for split in (run.record.get("data") or {}).get("splits") or {}]
+    if isinstance(run.arguments.get("prepared_dir"), list):
+        return (
+            f"Held out: of each set its own ({', '.join(code(name) for name in sets if not name.startswith('train'))})"
+        )
     given = {key: run.arguments.get(key) for key in ("validation_files", "validation_split")}
     if not any(given.values()):
         fraction = (run.record.get("data") or {}).get("validation_fraction", run.arguments.get("validation_fraction"))

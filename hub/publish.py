@@ -70,16 +70,27 @@ def reproduce(run_dir: Path, target: Path, run: dict) -> str:
     if "bits_per_byte" not in result:
         return "no score to reproduce: run.json holds no held-out bits per byte."
     arguments, used = run.get("arguments") or {}, result["held_out"]
-    prepared = Path(arguments.get("prepared_dir") or run_dir / "prepared")
-    manifest = json.loads((prepared / "manifest.json").read_text()) if (prepared / "manifest.json").is_file() else {}
-    if manifest.get("fingerprint") != run["data"]["fingerprint"]:
-        raise ValueError(
-            f"{prepared} does not hold the set that {run_dir} was trained on, so its held-out score cannot be "
-            "reproduced: put it back, or give --unscored."
-        )
+    asked, scored = arguments.get("prepared_dir"), []
+    sets = (
+        {asked or str(run_dir / "prepared"): run["data"]["fingerprint"]}
+        if not isinstance(asked, list)
+        else {
+            one["prepared_dir"]: held["fingerprint"]
+            for one, held in zip(asked, run["data"]["source"]["blend"], strict=True)
+        }
+    )
+    for prepared, fingerprint in sets.items():
+        path = Path(prepared, "manifest.json")
+        manifest = json.loads(path.read_text()) if path.is_file() else {}
+        if manifest.get("fingerprint") != fingerprint:
+            raise ValueError(
+                f"{prepared} does not hold the set that {run_dir} was trained on, so its held-out score cannot be "
+                "reproduced: put it back, or give --unscored."
+            )
+        scored += scored_documents(Path(prepared), manifest, arguments["max_eval_documents"])
     with tempfile.TemporaryDirectory() as scratch:
         documents, scores = Path(scratch, "held_out.jsonl"), Path(scratch, "scores.json")
-        documents.write_bytes(b"".join(scored_documents(prepared, manifest, arguments["max_eval_documents"])))
+        documents.write_bytes(b"".join(scored))
         settings = [f"--{name}={used[name]}" for name in ("window", "stride", "prefix")]
         judge = Path(__file__).resolve().parents[1] / "eval" / "perplexity.py"
         command = [sys.executable, judge, f"--model={target}", f"--data_files={documents}", *settings]

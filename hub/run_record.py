@@ -175,6 +175,8 @@ def _config(directory):
 def _manifest(directory, record):
     """The manifest of the prepared set, from where the run says it is; empty where that is another set now."""
     asked = files.read_json(directory / "run.json").get("arguments", {}).get("prepared_dir")
+    if isinstance(asked, list):  # several sets, each with a manifest of its own
+        return {}
     found = read_json((Path(asked) if asked else directory / "prepared") / "manifest.json", {})
     return found if found.get("fingerprint") == (record.get("data") or {}).get("fingerprint") else {}
 

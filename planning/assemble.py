@@ -145,6 +145,8 @@ def _data(values, setup, parameters):
 
 def _prepared_rows(values):
     """Training rows of the prepared set, or None where there is none yet or it has rows of another length."""
+    if values.get("rows"):  # a run knows
+        return values["rows"]
     directory = values.get("prepared_dir") or Path(values["output_dir"], "prepared")
     try:
         manifest = json.loads(Path(directory, "manifest.json").read_text(encoding="utf-8"))

@@ -99,8 +99,8 @@ class Manifest:
     @property
     def held_out(self) -> dict[str, str]:
         """{name: split} of what is held out; the name is "" where there is only one set without."""
-        splits = {split: entry for split, entry in self.splits.items() if split != "train" and entry["documents"]}
-        return {split.removeprefix(VALIDATION).removeprefix("_"): split for split in sorted(splits)}
+        splits = sorted(s for s, entry in self.splits.items() if s.startswith(VALIDATION) and entry["documents"])
+        return {split.removeprefix(VALIDATION).removeprefix("_"): split for split in splits}
 
     def documents_of(self, split: str) -> list[str]:
         """Return the files that hold the texts of a held-out split."""
