@@ -34,7 +34,8 @@ ATTENTION = (
 
 ONLY_PREPARING = (
     *("dataset_name", "data_files", "mixture", "streaming", "max_documents", "max_tokens", "min_characters"),
-    *("max_characters", "deduplicate", "decontaminate", "filters", "validation_files", "validation_split"),
+    *("max_characters", "deduplicate", "decontaminate", "filters", "ids_column", "validation_files"),
+    "validation_split",
 )
 
 
@@ -105,6 +106,8 @@ class DataArguments(CorpusArguments):
                         f"{name} = {value} belongs to preparing a set; prepared_dir names several that are prepared: "
                         f"leave {name} out."
                     )
+        if self.trains_from_stream and self.ids_column is not None:
+            raise ValueError(f"ids_column = {self.ids_column} needs a prepared set: leave streaming out, or bound it.")
         if self.trains_from_stream and self.prepared_dir is not None:
             raise ValueError(
                 f"prepared_dir = {self.prepared_dir} would not be read: streaming = true trains straight from the "

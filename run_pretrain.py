@@ -139,6 +139,8 @@ def prepare_data(model_args, data_args, args, config):
         model.fit_config(config, tokenizer, data_args.block_size)
         return tokenizer, data
     wanted = model.tokenizer_source(model_args.model_name, model_args.tokenizer_name)
+    if wanted == model.TRAIN and data_args.ids_column is not None:
+        raise ValueError(f"ids_column = {data_args.ids_column} holds ids of a tokenizer: set tokenizer_name to it.")
     if wanted == model.TRAIN and data_args.blend:
         raise ValueError("tokenizer_name = train: prepared_dir names sets that have theirs; give DIR/tokenizer of one.")
     if wanted == model.TRAIN:
@@ -162,6 +164,8 @@ def prepare_data(model_args, data_args, args, config):
             **data_args.preparing | data_args.first_of_stream | fraction,
         )
         say(f"data: {manifest.summary}{', found in' if manifest.reused else ', written to'} {directory}.")
+        if manifest.eos_appended:
+            say(f"data: EOS was appended to {manifest.eos_appended:,} documents of ready ids, which did not end in it.")
         if there_too := manifest.filtered.get("held_out"):
             say(f"data: {there_too:,} documents stand in the held-out text too: they were left out of training.")
     tokenizer.save_pretrained(args.output_dir)

@@ -55,6 +55,13 @@ class CorpusArguments:
         default=None,
         metadata={"help": "The files' encoding: latin-1, utf-16. null: UTF-8, with or without BOM."},
     )
+    ids_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "The column that holds ready token ids of tokenizer_name, in place of text: nothing is encoded. "
+            "EOS is appended to rows that do not end in it."
+        },
+    )
     mixture: list[dict[str, typing.Any]] | None = field(
         default=None,
         metadata={
@@ -140,6 +147,8 @@ class CorpusArguments:
     def __post_init__(self):
         if self.block_size < 2:
             raise ValueError(f"block_size must be at least 2 (one input, one target), got {self.block_size}.")
+        if self.ids_column is not None:
+            self._check_ids()
         sets = name_sets(self.validation_files, self.validation_split, self.source)
         if sets and self.validation_fraction:
             key = "validation_split" if self.validation_files is None else "validation_files"
@@ -194,6 +203,16 @@ class CorpusArguments:
             except LookupError:
                 raise ValueError(f"encoding = {self.encoding!r} is none that Python knows, as latin-1.") from None
 
+    def _check_ids(self):
+        """Raise ValueError where ready ids have no place."""
+        if not self.named:
+            raise ValueError(f"ids_column = {self.ids_column}: name the data_files or the dataset_name that has it.")
+        others = {"mixture": self.mixture, "filters": self.filters, "text_template": self.text_template}
+        others |= {"text_column": self.text_column} if self.text_column != "text" else {}
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(f"ids_column = {self.ids_column} and {name} = {value} do not go together: keep one.")
+
     @property
     def named(self) -> bool:
         """Whether a text is named at all."""
@@ -202,7 +221,8 @@ class CorpusArguments:
     @property
     def source(self) -> dict:
         """Which text: the arguments of `corpus.describe_source`."""
-        return {name: getattr(self, name) for name in (*SOURCE, "mixture", "mixture_seed")}
+        source = {name: getattr(self, name) for name in (*SOURCE, "mixture", "mixture_seed")}
+        return source | ({"text_column": self.ids_column} if self.ids_column is not None else {})
 
     @property
     def validation(self) -> dict[str, dict]:
@@ -227,6 +247,7 @@ class CorpusArguments:
         cleaned = {name: getattr(self, name) for name in (*cleaning, "text_column", "text_template")}
         return {name: getattr(self, name) for name in names} | {
             "cleaning": cleaned,
+            "ids_column": self.ids_column,
             "validation": self.validation,
             "reading_validation": self.judging,
         }

@@ -30,6 +30,7 @@ from .read.cleaning import Cleaner, Cleaning
 from .read.documents import Documents, MixedDocuments, Tally
 from .read.held_out import enough
 from .read.readers import Rows
+from .read.ready import ReadyDocuments
 from .read.validation import describe_sets, open_sets, read_over
 from .tokens.encoding import check_backend
 from .tokens.tokenization import document_encoder, tokenizer_hash, vocabulary_size
@@ -57,6 +58,7 @@ def prepare(
     num_shards: int = 1,
     save_tokenizer: bool = False,
     only_merge: bool = False,
+    ids_column: str | None = None,
     validation: dict[str, dict] | None = None,
     reading_validation: dict | None = None,
     say: Callable[[str], None] = print,
@@ -78,6 +80,7 @@ def prepare(
             more than one, the set is joined by `prepare.py --merge` afterwards.
         save_tokenizer: Keep the tokenizer in the set, in tokenizer/.
         only_merge: Write no part: join those that are there, once all are.
+        ids_column: The column holds token ids of this tokenizer: they are taken as they are, nothing is encoded.
         validation: Held-out text of the user's own; see `validation.name_sets`. It is taken whole and as it is: limits
             and cleaning are the training text's, from which the documents that stand here too are left out.
         reading_validation: How it is read: streaming, bad_rows; see `validation.open_sets`.
@@ -99,6 +102,8 @@ def prepare(
             "max_documents, max_tokens, deduplicate and mixture look at one stream of documents: set num_shards to 1."
         )
     options = {name: value for name, value in asdict(limits).items() if value is not None} | cleaning.describe()
+    if ids_column:
+        options["ids_column"] = ids_column
     if validation:
         options["validation"] = describe_sets(validation)
     manifest = plan(tokenizer, block_size, source, validation_fraction, packing, options)
@@ -108,6 +113,14 @@ def prepare(
         return found
     if source is None:
         raise ValueError(f"{prepared_dir} is not a prepared set; name the text to prepare it from.")
+    ready = functools.partial(
+        ReadyDocuments.of,
+        decode=functools.partial(tokenizer.backend_tokenizer.decode_batch, skip_special_tokens=False),
+        vocab_size=manifest.vocab_size,
+        eos_token_id=manifest.eos_token_id,
+    )
+    if ids_column:
+        documents = ready(documents)
     if not isinstance(documents, Documents | MixedDocuments):
         looked_at, documents = tee(documents)
         documents = Documents([Rows("documents", functools.partial(iter, documents))])
@@ -126,6 +139,8 @@ def prepare(
     splits, held_out = [TRAIN] * len(parts), None
     if validation:
         sets = open_sets(validation, **reading_validation or {})
+        of_ids = {name for name, source in validation.items() if ids_column and source.get("text_column") == ids_column}
+        sets = {name: ready(one) if name in of_ids else one for name, one in sets.items()}
         held_out = read_over(sets, document_encoder(tokenizer), block_size if packing == "concat" else None)
         for split, one in zip(manifest.split_names[1:], sets.values(), strict=True):
             more = one.parts()

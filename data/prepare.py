@@ -59,6 +59,8 @@ class PrepareArguments(CorpusArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.ids_column is not None and self.tokenizer_name == TRAIN:
+            raise ValueError(f"ids_column = {self.ids_column} holds ids of a tokenizer: set tokenizer_name to it.")
         if (self.shard_index is None) != (self.num_shards is None):
             raise ValueError("shard_index and num_shards go together: give both or neither.")
         if self.shard_index is None:
@@ -116,6 +118,8 @@ def run(args: PrepareArguments) -> None:
             f"{entry['source']}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
             f"{entry['realised']:.4f} of all for a weight of {entry['weight']:.4f}{ended}."
         )
+    if manifest.eos_appended:
+        print(f"EOS was appended to {manifest.eos_appended:,} documents of {args.ids_column}, which did not end in it.")
     if manifest.filtered:
         print(f"left out: {', '.join(f'{name} {count:,}' for name, count in manifest.filtered.items())}.")
     if words := manifest.tally.words:

@@ -93,6 +93,7 @@ def _sum_reports(manifest: Manifest, reports: list[dict]) -> None:
     for report in reports:
         tally.add(Tally(**report["tally"]))
     manifest.rows, manifest.skipped_rows, manifest.missing_rows = tally.rows, tally.skipped, tally.missing
+    manifest.eos_appended = tally.eos_appended
     manifest.bad_rows = {"rows": tally.bad, "first": tally.first_bad} if tally.bad else {}
     for report in reports:
         manifest.mixture = report.get("mixture", manifest.mixture)

@@ -46,6 +46,7 @@ class Manifest:
         mixture: Documents, tokens and realised weight of each source of a mixture.
         held_out_fraction: What validation_fraction was raised to so that a document is held out; None: it was not.
         rows: Rows that were read.
+        eos_appended: Documents of ready ids that did not end in EOS, which was then appended.
         skipped_rows: Rows of the source that were null, blank or without the column; missing_rows: of the last kind.
         bad_rows: Rows passed over because they were no text, and the first of them. Both kinds are named in
             skipped_rows.jsonl, at most 10,000 of a few megabytes of text.
@@ -74,6 +75,7 @@ class Manifest:
     rows: int = 0
     skipped_rows: int = 0
     missing_rows: int = 0
+    eos_appended: int = 0
     bad_rows: dict = field(default_factory=dict)
     validation_documents: list[str] = field(default_factory=list)
     decontaminated: list[str] = field(default_factory=list)

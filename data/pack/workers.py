@@ -15,6 +15,7 @@ from smolpretrain.core.files import write_json
 
 from ..read.cleaning import Cleaning, Seen
 from ..read.held_out import is_validation
+from ..read.ready import ReadyEncoder
 from ..read.validation import HeldOut
 from ..tokens.encoding import Disagreement, Encoder
 from . import shards
@@ -50,6 +51,8 @@ class Work:
     def write(self, numbers: Iterable[int], progress: Progress) -> None:
         """Write these parts; one in which tokie is seen to disagree is done again by `tokenizers`."""
         encode = Encoder(self.tokenizer, self.tokenizer_backend, progress.say)
+        if "ids_column" in self.manifest.options:  # what is text beside them is encoded by the tokenizer itself
+            encode = ReadyEncoder(Encoder(self.tokenizer, "tokenizers", progress.say))
         for number in numbers:
             try:
                 self.write_part(number, encode, progress)

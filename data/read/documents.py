@@ -43,6 +43,7 @@ class Tally:
         bad: Rows that are no text, and the rest of each damaged file as one.
         first_bad: The first of them in a sentence.
         rows: All rows.
+        eos_appended: Documents of ready ids that did not end in EOS.
         passed: Not part of its state: what was passed over since it was last emptied, at most MOST_PASSED of them.
     """
 
@@ -51,6 +52,7 @@ class Tally:
     first_bad: str | None = None
     missing: int = 0
     rows: int = 0
+    eos_appended: int = 0
 
     def __post_init__(self):
         self.passed = []
@@ -59,6 +61,7 @@ class Tally:
         """Take the counts of another one."""
         self.skipped, self.bad = self.skipped + other.skipped, self.bad + other.bad
         self.missing, self.rows = self.missing + other.missing, self.rows + other.rows
+        self.eos_appended += other.eos_appended
         self.first_bad = self.first_bad or other.first_bad
 
     def take_passed(self) -> list[dict]:

@@ -10,6 +10,7 @@ import numpy as np
 from .corpus import SOURCE, describe_source, read_documents
 from .documents import Documents, Tally
 from .long_text import LongText
+from .ready import ReadyText
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 FORM = ("text_column", "text_template")
@@ -135,8 +136,10 @@ def read_over(sets: dict[str, Documents], encode: Callable, block_size: int | No
             for at in range(0, len(batch.texts), TRIED_TOGETHER):
                 if tokens >= wanted:
                     break
-                texts = [str(text[: CHARACTERS_A_TOKEN * wanted]) for text in batch.texts[at : at + TRIED_TOGETHER]]
-                tokens += sum(map(len, encode(texts)))
+                texts = batch.texts[at : at + TRIED_TOGETHER]
+                tokens += sum(len(text.ids) for text in texts if isinstance(text, ReadyText))
+                plain = [text for text in texts if not isinstance(text, ReadyText)]
+                tokens += sum(map(len, encode([str(text[: CHARACTERS_A_TOKEN * wanted]) for text in plain])))
         if len(hashes) == before:
             blank = f" ({tally.words})" if tally.words else ""
             raise ValueError(f"the held-out set{said} holds no text{blank}: name other files, or leave it out.")

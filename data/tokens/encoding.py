@@ -72,6 +72,10 @@ class Encoder:
         self._vocabulary = tokenizer.get_vocab()
         self._dtype = token_dtype(max(self._vocabulary.values()) + 1)
 
+    @property
+    def dtype(self) -> np.dtype:
+        return self._dtype
+
     def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         if self.backend == "auto" or (self.backend == "tokie" and self._tokie is None):
             self._choose(texts)
