@@ -120,6 +120,20 @@ class DataArguments(CorpusArguments):
         return read_entries(self.prepared_dir) if isinstance(self.prepared_dir, list) else []
 
     @property
+    def as_prepared(self):
+        """What is not asked of a set that is taken as it is: arguments of `preparation.prepare`."""
+        return {} if self.fraction_given else {"validation_fraction": None}
+
+    def check_text_for_tokenizer(self):
+        """Raise ValueError where tokenizer_name = train has no text: ids and prepared sets have their tokenizer."""
+        if self.ids_column is not None:
+            raise ValueError(f"ids_column = {self.ids_column} holds ids of a tokenizer: set tokenizer_name to it.")
+        if self.blend:
+            raise ValueError(
+                "tokenizer_name = train: prepared_dir names sets that have theirs; give DIR/tokenizer of one."
+            )
+
+    @property
     def trains_from_stream(self):
         """Whether no set is prepared; a stream with an end is prepared like any other text."""
         return self.streaming and self.max_documents is None and self.max_tokens is None

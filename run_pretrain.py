@@ -139,11 +139,8 @@ def prepare_data(model_args, data_args, args, config):
         model.fit_config(config, tokenizer, data_args.block_size)
         return tokenizer, data
     wanted = model.tokenizer_source(model_args.model_name, model_args.tokenizer_name)
-    if wanted == model.TRAIN and data_args.ids_column is not None:
-        raise ValueError(f"ids_column = {data_args.ids_column} holds ids of a tokenizer: set tokenizer_name to it.")
-    if wanted == model.TRAIN and data_args.blend:
-        raise ValueError("tokenizer_name = train: prepared_dir names sets that have theirs; give DIR/tokenizer of one.")
     if wanted == model.TRAIN:
+        data_args.check_text_for_tokenizer()
         documents = islice(corpus.read_documents(**data_args.reading), TOKENIZER_DOCUMENTS)
         tokenizer = tokenization.train_tokenizer(documents, config.vocab_size)
     else:
@@ -151,9 +148,7 @@ def prepare_data(model_args, data_args, args, config):
     model.fit_config(config, tokenizer, data_args.block_size)
     for directory in [entry.prepared_dir for entry in data_args.blend] or [prepared_dir]:
         as_it_is = data_args.prepared_dir and not data_args.named and Manifest.stands_in(directory)
-        fraction = {}
-        if as_it_is and not data_args.fraction_given:
-            fraction = {"validation_fraction": Manifest.load(directory).validation_fraction}
+        more = data_args.first_of_stream | (data_args.as_prepared if as_it_is else {})
         manifest = preparation.prepare(
             corpus.read_documents(**data_args.reading),
             tokenizer,
@@ -161,13 +156,11 @@ def prepare_data(model_args, data_args, args, config):
             directory,
             source=None if as_it_is or data_args.blend else corpus.describe_source(**data_args.source),
             progress=not args.disable_tqdm,
-            **data_args.preparing | data_args.first_of_stream | fraction,
+            **data_args.preparing | more,
         )
         say(f"data: {manifest.summary}{', found in' if manifest.reused else ', written to'} {directory}.")
-        if manifest.eos_appended:
-            say(f"data: EOS was appended to {manifest.eos_appended:,} documents of ready ids, which did not end in it.")
-        if there_too := manifest.filtered.get("held_out"):
-            say(f"data: {there_too:,} documents stand in the held-out text too: they were left out of training.")
+        for note in manifest.notes:
+            say(f"data: {note}")
     tokenizer.save_pretrained(args.output_dir)
     ranks.wait_for_first(args.world_size, done=True)
     return tokenizer, data

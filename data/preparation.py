@@ -46,7 +46,7 @@ def prepare(
     block_size: int,
     prepared_dir: str | os.PathLike,
     source: dict | None,
-    validation_fraction: float = 0.005,
+    validation_fraction: float | None = 0.005,
     packing: str = "concat",
     progress: bool = True,
     tokenizer_backend: str = "auto",
@@ -71,6 +71,7 @@ def prepare(
         prepared_dir: Absent, empty, or a set of the same identity, which is used as it is.
         source: What `corpus.describe_source` says; part of the identity, so that another text is noticed. None: a set
             is there, of whatever text, and used as it is.
+        validation_fraction: None takes what the set that is there has.
         progress: Show a bar.
         tokenizer_backend: See `encoding.Encoder`.
         max_documents, max_tokens: See `feed.Limits`.
@@ -93,6 +94,8 @@ def prepare(
             a damaged one in prepared_dir.
         OSError: The disk is full or cannot be written.
     """
+    if validation_fraction is None:
+        validation_fraction = Manifest.load(prepared_dir).validation_fraction
     if not 0 <= shard_index < num_shards:
         raise ValueError(f"shard_index must be at least 0 and below num_shards = {num_shards}, got {shard_index}.")
     limits, cleaning = Limits(max_documents, max_tokens), Cleaning(**(cleaning or {}))

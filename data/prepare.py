@@ -118,8 +118,8 @@ def run(args: PrepareArguments) -> None:
             f"{entry['source']}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
             f"{entry['realised']:.4f} of all for a weight of {entry['weight']:.4f}{ended}."
         )
-    if manifest.eos_appended:
-        print(f"EOS was appended to {manifest.eos_appended:,} documents of {args.ids_column}, which did not end in it.")
+    for note in manifest.notes:
+        print(note)
     if manifest.filtered:
         print(f"left out: {', '.join(f'{name} {count:,}' for name, count in manifest.filtered.items())}.")
     if words := manifest.tally.words:

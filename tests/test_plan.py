@@ -17,6 +17,7 @@ from smolpretrain import plan as plan_command
 from smolpretrain.arguments import DataArguments, ModelArguments, PretrainArguments
 from smolpretrain.core.architectures import BUILT_IN, built_in, load_config
 from smolpretrain.core.words import parse_args, resolve
+from smolpretrain.data.arguments import VALIDATION_FRACTION
 from smolpretrain.planning import assemble, contradictions, cost, counting, cpu, hardware, laws, machines, memory, start
 from smolpretrain.training import loss
 
@@ -584,7 +585,8 @@ def test_the_fields_are_those_of_the_run_with_its_defaults():
     for cls in ARGUMENTS:
         for each in fields(cls):
             if each.init and each.default is not MISSING:
-                assert values[each.name] == each.default, each.name
+                default = VALIDATION_FRACTION if each.name == "validation_fraction" else each.default
+                assert values[each.name] == default, each.name
     assert assemble.checkpoints(values) and not assemble.checkpoints(values | {"gradient_checkpointing": False})
 
 

@@ -129,6 +129,16 @@ class Manifest:
         return Tally(self.skipped_rows, bad["rows"], bad["first"], self.missing_rows, self.rows)
 
     @property
+    def notes(self) -> list[str]:
+        """Sentences on what was done to documents, for people."""
+        found = []
+        if self.eos_appended:
+            found.append(f"EOS was appended to {self.eos_appended:,} documents of ready ids, which did not end in it.")
+        if there_too := self.filtered.get("held_out"):
+            found.append(f"{there_too:,} documents stand in the held-out text too: they were left out of training.")
+        return found
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits over the identity, the counts and every file's sha256: equal for equal sets, anywhere."""
         hashes = {name: entry["sha256"] for name, entry in self.files.items()}
