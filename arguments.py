@@ -326,6 +326,11 @@ class PretrainArguments(TrainingArguments):
         return {name: getattr(value := getattr(self, name), "value", value) for name in names}
 
     @property
+    def order_seed(self):
+        """What draws the order of the rows."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
     def rows_a_step(self):
         """Rows of all ranks that one optimizer step takes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size

@@ -131,8 +131,7 @@ def choose_checkpoint(args, run):
 def prepare_data(model_args, data_args, args, config):
     """Text to tokenizer and packed set, or sets. The first rank makes them, the others find them made."""
     prepared_dir = data_args.prepared_dir or os.path.join(args.output_dir, "prepared")
-    seed = args.seed if args.data_seed is None else args.data_seed
-    data = Blend(data_args.blend, seed) if data_args.blend else PreparedSet(prepared_dir)
+    data = Blend(data_args.blend, args.order_seed) if data_args.blend else PreparedSet(prepared_dir)
     if RANK != 0:
         ranks.wait_for_first(args.world_size, done=False)
         tokenizer = tokenization.load_tokenizer(args.output_dir)
@@ -158,9 +157,8 @@ def prepare_data(model_args, data_args, args, config):
             progress=not args.disable_tqdm,
             **data_args.preparing | more,
         )
-        say(f"data: {manifest.summary}{', found in' if manifest.reused else ', written to'} {directory}.")
-        for note in manifest.notes:
-            say(f"data: {note}")
+        found = "found in" if manifest.reused else "written to"
+        say(f"data: {manifest.summary}, {found} {directory}.{manifest.notes}")
     tokenizer.save_pretrained(args.output_dir)
     ranks.wait_for_first(args.world_size, done=True)
     return tokenizer, data
@@ -367,9 +365,7 @@ def story(argv):
         record.write_run(args.output_dir, parameters=get_model_param_count(made.model), command=argv)
     train(made, args, checkpoint)
     result = {"tokens_seen": made.state.num_input_tokens_seen, "skipped_steps": made.divergence.skipped}
-    if data_args.blend:
-        rows = made.state.global_step * args.rows_a_step
-        result["blend"] = data.taken(rows)
+    result |= {"blend": data.taken(made.state.global_step * args.rows_a_step)} if data_args.blend else {}
     made.export()
     del made
     gc.collect()

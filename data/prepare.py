@@ -118,8 +118,8 @@ def run(args: PrepareArguments) -> None:
             f"{entry['source']}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
             f"{entry['realised']:.4f} of all for a weight of {entry['weight']:.4f}{ended}."
         )
-    for note in manifest.notes:
-        print(note)
+    if manifest.notes:
+        print(manifest.notes.strip())
     if manifest.filtered:
         print(f"left out: {', '.join(f'{name} {count:,}' for name, count in manifest.filtered.items())}.")
     if words := manifest.tally.words:

@@ -53,7 +53,7 @@ def test_each_set_is_measured_at_eval_steps_and_all_together_as_one_sum(run):
         assert row["eval_code_bits_per_byte"] != row["eval_like_bits_per_byte"]
         said = f"code {row['eval_code_loss']:.4f} nats a token, {row['eval_code_bits_per_byte']:.4f} bits a byte"
         assert said in done.stdout + done.stderr and said in (directory / "training_log.md").read_text()
-    assert "data: 40 documents stand in the held-out text too" in done.stdout
+    assert " 40 documents stand in the held-out text too: they were left out of training." in done.stdout
 
 
 def test_the_figure_of_a_set_is_that_of_its_rows_alone(run):

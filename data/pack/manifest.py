@@ -129,14 +129,14 @@ class Manifest:
         return Tally(self.skipped_rows, bad["rows"], bad["first"], self.missing_rows, self.rows)
 
     @property
-    def notes(self) -> list[str]:
-        """Sentences on what was done to documents, for people."""
+    def notes(self) -> str:
+        """What was done to documents, for people: sentences, each after a blank; "" where there is nothing to say."""
         found = []
         if self.eos_appended:
             found.append(f"EOS was appended to {self.eos_appended:,} documents of ready ids, which did not end in it.")
         if there_too := self.filtered.get("held_out"):
             found.append(f"{there_too:,} documents stand in the held-out text too: they were left out of training.")
-        return found
+        return "".join(f" {sentence}" for sentence in found)
 
     @property
     def fingerprint(self) -> str:
