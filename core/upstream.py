@@ -141,6 +141,27 @@ def shared_buffer(user: int, address: str, port: str, rank: int) -> str:
     return f"deepspeed_allreduce_buffer_{user}_{address}_{port}_{rank}"
 
 
+def see_overflow_at_once(optimizer: Any) -> None:
+    """Have ZeRO-1 and -2 look for inf and NaN in all gradients by one multi-tensor kernel, in place of one by one.
+
+    DeepSpeed takes seven launches a gradient: most of the 5,149 a step of SmolLM2-135M (profiled on one H100), whose
+    host then keeps the device waiting. A square that float32 does not hold counts as inf, as it does in the norm after.
+    Under offload it keeps its own way.
+    """
+    if getattr(optimizer, "cpu_offload", True) or not hasattr(optimizer, "has_overflow_partitioned_grads_serial"):
+        return
+    import torch
+
+    def found() -> Any:
+        groups = [optimizer.averaged_gradients[number] or () for number in range(len(optimizer.bit16_groups))]
+        gradients = [gradient for group in groups for gradient in group if gradient is not None]
+        if not gradients:
+            return torch.zeros(1, dtype=torch.bool)
+        return ~torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).isfinite().all().reshape(1)
+
+    optimizer.has_overflow_partitioned_grads_serial = found
+
+
 DEEPSPEED_RANK_STARTER = "deepspeed.launcher.launch"  # the module between the deepspeed command and its ranks
 DEEPSPEED_EXTENSION = "deepspeed_shm_comm"  # what it builds on a CPU
 

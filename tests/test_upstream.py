@@ -224,3 +224,34 @@ def test_a_pool_s_processes_are_those_that_work():
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         worker = pool.submit(os.getpid).result()
         assert [process.pid for process in upstream.pool_processes(pool)] == [worker]
+
+
+@pytest.mark.parametrize("harm", [None, torch.inf, -torch.inf, torch.nan])
+def test_zero_sees_any_gradient_that_is_not_finite_at_once_and_as_deepspeed_does(harm):
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    class Held:
+        """What the real method reads of an optimizer."""
+
+        has_overflow_partitioned_grads_serial = DeepSpeedZeroOptimizer.has_overflow_partitioned_grads_serial
+        _has_inf_or_nan = staticmethod(DeepSpeedZeroOptimizer._has_inf_or_nan)
+        cpu_offload, bit16_groups = False, [[0, 0], [0]]
+        averaged_gradients = {
+            0: [torch.randn(8, 4, dtype=torch.bfloat16), torch.randn(5, dtype=torch.bfloat16)],
+            1: [torch.randn(300, dtype=torch.bfloat16) * 1e4],
+        }
+
+    held = Held()
+    if harm is not None:
+        held.averaged_gradients[0][1][3] = harm
+    theirs = held.has_overflow_partitioned_grads_serial()
+    upstream.see_overflow_at_once(held)
+    ours = held.has_overflow_partitioned_grads_serial()
+    assert (
+        ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.item() == theirs.item() == (harm is not None)
+    )
+    assert "has_overflow_partitioned_grads_serial" in vars(held)  # ours was asked
+    held = Held()
+    held.cpu_offload = True
+    upstream.see_overflow_at_once(held)
+    assert "has_overflow_partitioned_grads_serial" not in vars(held)

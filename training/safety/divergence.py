@@ -85,7 +85,8 @@ class Divergence(TrainerCallback, ExportableState):
         kept = ("history", "bad", "skipped", "streak", "owed")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in kept}}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        upstream.see_overflow_at_once(getattr(optimizer, "optimizer", None))
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         for name, value in saved["attributes"].items():
             setattr(self, name, value)
