@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-from . import contradictions, cost, counting, cpu, machines, memory
+from . import contradictions, cost, counting, cpu, hardware, machines, memory
 
 
 def make(config, values, device, *, ranks=1, nodes=1, extra=None, deepspeed=None, local=False):
@@ -243,7 +243,11 @@ def _utilization(setup, device, flops, asked):
         return asked, asked, asked, "as asked"
     if device.name == "cpu":
         return cpu.utilization(setup.config, setup)
-    return cost.published_mfu(device, flops, setup.checkpointing)
+    ours = None
+    if setup.ranks == 1:
+        weights, zero = counting.count(setup.config).total, setup.stage is not None
+        ours = hardware.measured_mfu(device, weights, zero)
+    return cost.known_mfu(device, flops, setup.checkpointing, ours)
 
 
 def _time(plan, flops, setup, device, utilization, nodes, network, price):

@@ -53,14 +53,15 @@ def traffic(setup, total_parameters, ranks):
     return Traffic(after=reduced + weights)
 
 
-def published_mfu(device, flops, checkpointing):
-    """(lowest, default, highest, source) of the device's published runs, less what recomputing takes.
+def known_mfu(device, flops, checkpointing, measured=None):
+    """(lowest, default, highest, source) of runs on the device, less what recomputing takes.
 
     Args:
         flops: counting.Flops of one token.
         checkpointing: Whether activations are computed again, which MFU does not count.
+        measured: Our own of such a model there, as hardware.measured_mfu gives it; None takes published ones.
     """
-    low, middle, high, source = hardware.default_mfu(device)
+    low, middle, high, source = measured or hardware.default_mfu(device)
     if not checkpointing:
         return low, middle, high, source
     work = flops.model / (flops.model + flops.recompute)

@@ -7,6 +7,7 @@ and for GeForce the one with fp32 accumulation, which is what training runs.
 import functools
 import os
 import time
+from math import log
 from typing import NamedTuple
 
 from smolpretrain.core import precision
@@ -92,6 +93,14 @@ MFU = {
     "cpu": (0.09, 0.18, 0.28, "benchmarks/plan_time.py, 1M to 44M parameters on an Intel Xeon with AMX"),
     "": (0.29, 0.40, 0.64, "no published run on this card was found: between the H100's lowest and the A100's highest"),
 }
+# (device, whether under ZeRO): {weights: MFU of run_pretrain.py there}; 8-bit AdamW under ZeRO, torch's fused without.
+# One device, rows of 2,048, 16 of them a micro-batch (1.7B: 8), no activation checkpointing; docs/gpu.md.
+MEASURED = {
+    ("H100-SXM", False): {134_515_008: 0.334, 361_821_120: 0.436, 1_711_376_384: 0.522},
+    ("H100-SXM", True): {134_515_008: 0.216, 1_711_376_384: 0.426},
+}
+NEAR = 1.6  # times as many weights, or as few, that a measurement speaks for
+SPREAD = 0.9, 1.05  # of it: runs beside others, and the best of bare loops
 
 
 def find(name):
@@ -163,3 +172,16 @@ def shared(device, ranks):
 def default_mfu(device):
     """(lowest, default, highest, source) of the utilization that published runs reached on such a device."""
     return next(value for prefix, value in MFU.items() if device.name.startswith(prefix))
+
+
+def measured_mfu(device, weights, zero):
+    """(lowest, taken, highest, source) of our own runs of such a model on one such device, or None."""
+    runs = MEASURED.get((device.name, zero), {})
+    near = min(runs, key=lambda size: abs(log(size / weights)), default=None)
+    if near is None or abs(log(near / weights)) > log(NEAR):
+        return None
+    mfu = runs[near]
+    source = (
+        f"benchmarks/gpu.py on this device: {near / 1e6:,.0f}M weights reached {mfu:.2f}, its bare loop at most 5% more"
+    )
+    return mfu * SPREAD[0], mfu, mfu * SPREAD[1], source

@@ -609,3 +609,18 @@ def test_activation_checkpointing_is_left_out_on_a_gpu_where_the_plan_fits_witho
     config = load_config(model, {}).to_dict()
     sentence = start.settle_checkpointing(args, config, values, "varlen")
     assert (sentence is not None) == left_out and args.activation_checkpointing is not left_out
+
+
+def test_the_plans_utilization_is_our_own_where_it_was_measured_and_a_peers_elsewhere():
+    words = ["model_name=smollm2-1.7b", "max_steps=1000", "activation_checkpointing=false", "deepspeed=null"]
+    ours = planned(*words, "gpu=H100-SXM")["time"]
+    assert ours["mfu"] == 0.522 and ours["mfu_source"].startswith("benchmarks/gpu.py on this device: 1,711M weights")
+    assert ours["tokens_per_second"] == pytest.approx(45_228, rel=0.01)  # what the run itself reached
+    for other in (
+        ["gpu=H100-SXM", "gpus=8"],
+        ["gpu=A100-80GB"],
+        ["gpu=H100-SXM", "model_name=smollm2-1m", "block_size=512"],
+    ):
+        assert "llm-foundry" in planned(*words, *other)["time"]["mfu_source"]
+    zero = planned(*words[:-1], "gpu=H100-SXM")["time"]
+    assert zero["mfu"] == 0.426
