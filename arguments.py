@@ -27,7 +27,7 @@ FREE_ON_RESUME = (
     *("dataloader_num_workers", "activation_checkpointing", "ddp_timeout", "max_bad_steps", "on_spike"),
 )
 ATTENTION = (
-    *("auto", "varlen", "sdpa_documents", "flash_attention_4", "flash_attention_3", "flash_attention_2"),
+    *("auto", "varlen", "flash_attention_4", "flash_attention_3", "flash_attention_2"),
     *("flex_attention", "sdpa", "eager"),
 )
 

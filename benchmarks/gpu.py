@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if "smolpretrain" not in sys.modules:
     runpy.run_path(str(ROOT / "in_place.py"))
 
-from gpu_parts import PLAIN, SHARED, WAIT, admit, bare, micro, resume, take_codes, tell, turn  # noqa: E402
+from gpu_parts import PLAIN, SHARED, WAIT, admit, bare, kernels, resume, tell, turn  # noqa: E402
+
+VARLEN_FLEX = "attn_implementation=varlen", "attn_implementation=flex_attention"
 
 
 def jobs(tiny):
@@ -37,23 +39,16 @@ def jobs(tiny):
             *((small[1], kind, small[0], 2, list(words), 6) if tiny else (gib, kind, model, rows, list(words), steps)),
         )
 
-    coded, varlen = "attn_implementation=sdpa_documents", "attn_implementation=varlen"
-    flex = "attn_implementation=flex_attention"
-    if tiny:
-        coded = varlen = "attn_implementation=sdpa"
+    varlen, flex = ("attn_implementation=sdpa",) * 2 if tiny else VARLEN_FLEX
     return [
-        one("micro", 6, "micro", "smollm2-135m", 16),
+        one("kernels", 6, "kernels", "smollm2-135m", 16),
         one("135M plain, varlen", 24, "product", "smollm2-135m", 16, [*PLAIN, varlen]),
         one("135M bare, varlen, layers compiled", 24, "bare", "smollm2-135m", 16, ["varlen", "layers"]),
         one("1.7B plain, varlen", 59, "product", "smollm2-1.7b", 8, [*PLAIN, varlen], 12),
-        one("135M plain, sdpa_documents", 26, "product", "smollm2-135m", 16, [*PLAIN, coded]),
         one("135M ZeRO-2 + 8-bit, varlen", 26, "deepspeed", "smollm2-135m", 16, [varlen]),
-        one("135M bare, sdpa_documents, layers compiled", 26, "bare", "smollm2-135m", 16, ["sdpa_documents", "layers"]),
-        one("360M plain, sdpa_documents", 40, "product", "smollm2-360m", 16, [*PLAIN, coded], 12),
         one("1.7B bare, varlen, layers compiled", 59, "bare", "smollm2-1.7b", 8, ["varlen", "layers"], 12),
         one("1.7B ZeRO-2 + 8-bit, varlen", 56, "deepspeed", "smollm2-1.7b", 8, [varlen], 12),
         one("360M plain, varlen", 40, "product", "smollm2-360m", 16, [*PLAIN, varlen], 12),
-        one("1.7B plain, sdpa_documents", 62, "product", "smollm2-1.7b", 8, [*PLAIN, coded], 12),
         one("135M plain, flex_attention", 26, "product", "smollm2-135m", 16, [*PLAIN, flex]),
         one("135M plain, 32 rows, varlen", 46, "product", "smollm2-135m", 32, [*PLAIN, varlen]),
         one("135M bare, varlen, whole model compiled", 26, "bare", "smollm2-135m", 16, ["varlen", "whole"]),
@@ -127,7 +122,6 @@ def product(out, name, words, profiled):
     def init(self, *args, **kwargs):
         seconds["model built"] = time.time() - began
         admit(out, name)
-        take_codes(out)
         seconds["admitted"] = time.time() - began
         made(self, *args, **kwargs)
         self.add_callback(Gate())
@@ -175,8 +169,8 @@ def start(out, job, prepared_dir, port):
 
 def child(out, job, prepared_dir):
     name, _, kind, model, rows, words, steps = job
-    if kind == "micro":
-        return micro(out, prepared_dir)
+    if kind == "kernels":
+        return kernels(out, prepared_dir)
     if kind == "resume":
         return resume(out, prepared_dir, words[0])
     if kind == "bare":
@@ -216,7 +210,7 @@ def main():
         while waiting and len(running) < most:
             job, port = waiting.pop(0), port + 1
             running[job[0]] = (job, start(out, job, known.prepared_dir, port))
-            if job[2] in ("micro", "resume"):
+            if job[2] in ("kernels", "resume"):
                 inside[job[0]] = job[1]
         for name, (_, process) in list(running.items()):
             if process.poll() is not None or (out / f"done {name}").exists():

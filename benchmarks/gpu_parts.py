@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -40,15 +39,6 @@ def admit(out, name):
         time.sleep(0.05)
 
 
-def take_codes(out):
-    """The size of sdpa_documents' codes that `micro` found fastest."""
-    from smolpretrain.training import attention
-
-    path = out / "coded.json"
-    for key, value in json.loads(path.read_text()).items() if path.exists() else ():
-        setattr(attention, key, value)
-
-
 # Bare loops
 
 
@@ -69,7 +59,6 @@ def bare(out, name, model_name, rows, words, steps, prepared_dir):
     config = load_config(model_name, {"vocab_size": 49152})
     model = random_model(config, 42, words[0] if cuda else "sdpa").train()
     admit(out, name)
-    take_codes(out)
     model.to(device)
     model.config.use_cache = False
     compiling.half_stream(model)
@@ -129,8 +118,8 @@ def bare(out, name, model_name, rows, words, steps, prepared_dir):
 # Kernels alone
 
 
-def micro(out, prepared_dir):
-    """Isolation and agreement with the real kernels, and how long attention alone takes, forward and backward."""
+def kernels(out, prepared_dir):
+    """Isolation with the real kernels, and how long attention alone takes at 135M and 1.7B, forward and backward."""
     import torch
 
     from smolpretrain.core.architectures import load_config
@@ -141,89 +130,48 @@ def micro(out, prepared_dir):
 
     if not torch.cuda.is_available():
         return
-    blocks = load_blocks(prepared_dir, "train")
-    batch = PackedCollator(0, cu_seq_lens=True)([blocks[row] for row in range(16)])
-    batch = {key: value.cuda() if torch.is_tensor(value) else value for key, value in batch.items()}
-    bounds = {"cu_seq_lens_q": batch["cu_seq_lens_q"], "max_length_q": 2048, "position_ids": batch["position_ids"]}
-    held, best = turn(out), None
-    for heads, kv, size in ((9, 3, 64), (32, 32, 64)):
-        shapes = [(16, count, 2048, size) for count in (heads, kv, kv)]
+    blocks, collator = load_blocks(prepared_dir, "train"), PackedCollator(0, cu_seq_lens=True)
+    bounds = {
+        "max_length_q": 2048,
+        "cu_seq_lens_q": collator([blocks[row] for row in range(16)])["cu_seq_lens_q"].cuda(),
+    }
+
+    def causal(query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    def varlen(query, key, value):
+        return attention.varlen(None, query, key, value, None, **bounds)[0]
+
+    held = turn(out)
+    for heads, kv in ((9, 3), (32, 32)):
+        shapes = [(16, count, 2048, 64) for count in (heads, kv, kv)]
         inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
-        reference = None
-        variants = [("varlen", None), ("causal, no documents", None)]
-        variants += [("sdpa_documents", (multiple, padded)) for multiple in (8, 64) for padded in (False, True)]
-        for kind, setting in variants:
-            label = f"{heads} heads {kind} {setting or ''}"
-            try:
-                torch._dynamo.reset()
-                if setting:
-                    attention.CODE_MULTIPLE, attention.PAD_VALUE = setting
-                if kind == "causal, no documents":
-                    call = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(  # noqa: E731
-                        q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)  # fmt: skip
-                else:
-                    function = getattr(attention, kind)
-                    plain = lambda q, k, v, f=function: f(None, q, k, v, None, **bounds)[0]  # noqa: E731
-                    call = torch.compile(plain) if kind == "sdpa_documents" else plain
-                times = []
-                for _ in range(8):
-                    for tensor in inputs:
-                        tensor.grad = None
-                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    start.record()
-                    found = call(*inputs)
-                    found.backward(torch.ones_like(found) * 0.01)
-                    end.record()
-                    torch.cuda.synchronize()
-                    times.append(start.elapsed_time(end))
-                wrong = None
-                gradients = [tensor.grad.float() for tensor in inputs]
-                if kind == "varlen":
-                    reference = [found.float().detach(), *gradients]
-                elif setting:
-                    wrong = [
-                        ((a - b).norm() / b.norm()).item()
-                        for a, b in zip([found.float(), *gradients], reference, strict=True)
-                    ]
-                tell(out, attention=label, milliseconds=statistics.median(times[3:]), differs=wrong)
-                if (
-                    setting
-                    and heads == 9
-                    and max(wrong) < 0.02
-                    and (best is None or statistics.median(times[3:]) < best[0])
-                ):
-                    best = (statistics.median(times[3:]), {"CODE_MULTIPLE": setting[0], "PAD_VALUE": setting[1]})
-                    (out / "coded.json.part").write_text(json.dumps(best[1]))
-                    os.replace(out / "coded.json.part", out / "coded.json")
-            except Exception as error:
-                tell(out, attention=label, failed=" ".join(str(error).split())[:300])
-    for key, value in (best[1] if best else {}).items():
-        setattr(attention, key, value)
+        for kernel in (varlen, causal):
+            times = []
+            for _ in range(8):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                kernel(*inputs).sum().backward()
+                end.record()
+                torch.cuda.synchronize()
+                times.append(start.elapsed_time(end))
+            tell(out, attention=f"{heads} heads, 16 rows, {kernel.__name__}", milliseconds=statistics.median(times[3:]))
     held.close()
-    ids = batch["input_ids"][:2]
-    for kind in ("varlen", "sdpa_documents", "sdpa", "flex_attention"):
-        try:
-            model = random_model(load_config("smollm2-135m", {"num_hidden_layers": 2}), 0, kind).cuda().eval()
-            given = PackedCollator(0, cu_seq_lens=True)([{"input_ids": row.cpu().numpy()} for row in ids])
-            given.pop("labels")
-            given = {key: value.cuda() if torch.is_tensor(value) else value for key, value in given.items()}
-            first = given["position_ids"][0].diff().lt(0).nonzero()[0].item() + 1  # the first document's tokens
-            logits = []
-            for other in (False, True):
-                changed = given["input_ids"].clone()
-                if other:
-                    changed[0, : first - 1] = changed[0, : first - 1] % 1000 + 1
-                with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-                    logits.append(model(**given | {"input_ids": changed}, use_cache=False).logits.float())
-            moved = (logits[0] - logits[1]).abs()
-            tell(
-                out,
-                isolation=kind,
-                others=max(moved[0, first:].max().item(), moved[1].max().item()),
-                own=moved[0, :first].max().item(),
-            )
-        except Exception as error:
-            tell(out, isolation=kind, failed=" ".join(str(error).split())[:300])
+    given = collator([blocks[0], blocks[1]])
+    given.pop("labels")
+    given = {key: value.cuda() if torch.is_tensor(value) else value for key, value in given.items()}
+    first = given["position_ids"][0].diff().lt(0).nonzero()[0].item() + 1  # the first document's tokens
+    changed = given["input_ids"].clone()
+    changed[0, : first - 1] = changed[0, : first - 1] % 1000 + 1
+    for kind in ("varlen", "sdpa", "flex_attention"):
+        model = random_model(load_config("smollm2-135m", {"num_hidden_layers": 2}), 0, kind).cuda().eval()
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            logits = [
+                model(**given | {"input_ids": i}, use_cache=False).logits.float() for i in (given["input_ids"], changed)
+            ]
+        moved = (logits[0] - logits[1]).abs()
+        others = max(moved[0, first:].max().item(), moved[1].max().item())
+        tell(out, isolation=kind, others=others, own=moved[0, :first].max().item())
 
 
 # SIGKILL and resume

@@ -45,40 +45,6 @@ def test_varlen_stays_inside_documents_and_has_the_logits_of_eager(varlen, rows)
     assert leak < 1e-5 and effect > 0.5
 
 
-@pytest.fixture
-def coded():
-    """A tiny Llama that attends by `sdpa_documents`."""
-    network = tiny_llama("sdpa")
-    network.config._attn_implementation = "sdpa_documents"
-    return network
-
-
-@pytest.mark.parametrize("rows", [ROWS[:1], ROWS], ids=["one row", "two rows"])
-def test_sdpa_documents_stays_inside_documents_and_has_the_logits_of_eager(coded, rows):
-    expected = forward(tiny_llama("eager"), PackedCollator(EOS), rows).logits
-    found = forward(coded, PackedCollator(EOS), rows).logits
-    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-2)  # sums of 5 x 32^2 round in float32
-    leak, effect = largest_leak(coded, PackedCollator(EOS), rows)
-    assert leak == 0 and effect > 0.5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_codes_cancel_inside_a_document_and_keep_any_two_apart(dtype):
-    every = torch.zeros(1, 2048, dtype=torch.long)  # a document a token
-    query, key = (code.float() for code in attention.document_codes(every, dtype))
-    product = (query @ key.transpose(2, 3))[0, 0]
-    assert (product.diagonal() == 0).all() and query.shape[-1] == 16
-    assert (product - torch.full((2048,), torch.inf).diag()).amax() == -2 * attention.APART**2
-    one = torch.arange(64)[None]
-    query, key = (code.float() for code in attention.document_codes(one, dtype))
-    assert ((query @ key.transpose(2, 3)) == 0).all()
-
-
-def test_sdpa_documents_with_a_cache_is_refused(coded):
-    with pytest.raises(ValueError, match="sdpa_documents needs position_ids of whole rows, and no cache"):
-        coded.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)
-
-
 def test_varlen_without_masking_is_plain_causal_and_keeps_rows_apart(varlen):
     plain = PackedCollator(EOS, intra_document_masking=False)
     bounded = PackedCollator(EOS, intra_document_masking=False, cu_seq_lens=True)

@@ -1,9 +1,7 @@
 """Which attention kernel a run takes: what the machine truly has, in the order that measuring gave (docs, one H100).
 
-Two of them are made known to transformers here, and need no package. `varlen` is torch's own flash-attention 2 over
-documents of different lengths (torch 2.11 and later). `sdpa_documents` is torch's causal attention, for which Hopper
-has cuDNN's kernel, with each document's number in more dimensions of query and key. Neither name is written into a
-saved config: transformers leaves the attention out.
+`varlen` is torch's own flash-attention 2 over documents of different lengths (torch 2.11 and later, no package), made
+known to transformers here. Its name is not written into a saved config: transformers leaves the attention out.
 """
 
 import inspect
@@ -21,8 +19,6 @@ FLASH = {  # compute capabilities, whether transformers finds it, and what would
     "flash_attention_3": ((9,), utils.is_flash_attn_3_available, "built from flash-attention's folder hopper"),
     "flash_attention_2": (range(8, 99), utils.is_flash_attn_2_available, "pip install --no-build-isolation flash-attn"),
 }
-APART = 32.0  # a code's entries: documents that differ in one bit lose 2 x 32^2 of q k, 256 at heads of 64
-CODE_MULTIPLE, PAD_VALUE = 8, False  # what query and key grow by, and whether value grows with them
 CUDNN_SPOILS = 64  # S % 128 at which cuDNN's masked backward gives NaN on Hopper (pytorch#196678)
 
 
@@ -76,52 +72,7 @@ def varlen(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_
     return out.view(batch, length, heads, size), None
 
 
-def document_codes(position_ids, dtype):
-    """Codes whose product is 0 inside a document and at most -2 APART^2 between two: ([B, 1, S, C], [B, 1, S, C]).
-
-    A document's number in the row in bits of +-1, and one entry that takes their count off again; C is a multiple of
-    CODE_MULTIPLE.
-    """
-    number = (position_ids == 0).cumsum(1)
-    bits = position_ids.shape[1].bit_length()
-    entry = torch.arange(-(-(bits + 1) // CODE_MULTIPLE) * CODE_MULTIPLE, device=position_ids.device)
-    code = (((number[:, None, :, None] >> entry.clamp(max=bits)) & 1) * 2 - 1) * APART
-    query = torch.where(entry < bits, code, torch.where(entry == bits, APART, 0.0))
-    key = torch.where(entry < bits, code, torch.where(entry == bits, -bits * APART, 0.0))
-    return query.to(dtype), key.to(dtype)
-
-
-def sdpa_documents(module, query, key, value, attention_mask, scaling=None, position_ids=None, **kwargs):
-    """Causal attention inside each document without a mask: what crosses a boundary scores 256 too low to count.
-
-    Args:
-        query, key, value: [B, heads, S, head size].
-        position_ids: [B or 1, S], 0 at the first token of each document.
-
-    Returns:
-        ([B, S, heads, head size], None).
-
-    Raises:
-        ValueError: No positions, or a cache.
-    """
-    batch, _, length, size = query.shape
-    if position_ids is None or key.shape[2] != length:
-        raise ValueError("attn_implementation = sdpa_documents needs position_ids of whole rows, and no cache.")
-    codes = document_codes(position_ids.expand(batch, -1), value.dtype)
-    query, key = (
-        torch.cat((x.to(value.dtype), code.expand(-1, x.shape[1], -1, -1)), dim=-1)
-        for x, code in zip((query, key), codes, strict=True)
-    )
-    if PAD_VALUE:
-        value = torch.nn.functional.pad(value, (0, query.shape[-1] - size))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=size**-0.5 if scaling is None else scaling, enable_gqa=True
-    )
-    return out[..., :size].transpose(1, 2), None
-
-
 AttentionInterface.register("varlen", varlen)
-AttentionInterface.register("sdpa_documents", sdpa_documents)
 
 
 def missing(name, device, config, half=True):
@@ -132,7 +83,7 @@ def missing(name, device, config, half=True):
     """
     network = upstream.model_class(config)
     kinds = upstream.attention_kinds(network)
-    kind = "any" if name in ("varlen", "sdpa_documents") else name if name in kinds else "flash"
+    kind = "any" if name == "varlen" else name if name in kinds else "flash"
     if not kinds[kind]:
         return f"{network.__name__} does not have it"
     if name in ("sdpa", "eager"):
@@ -141,8 +92,6 @@ def missing(name, device, config, half=True):
         return f"it needs a CUDA device, this is {device.type}"
     if name == "flex_attention":
         return None
-    if name == "sdpa_documents":
-        return _beyond(config) if half else "it computes in 16 bits, and bf16 = false"
     capability = torch.cuda.get_device_capability(device)
     allowed, installed, how = FLASH.get(name, (range(8, 99), lambda: _kernel() is not None, "pip install torch>=2.11"))
     if not installed():
@@ -155,7 +104,7 @@ def missing(name, device, config, half=True):
 
 
 def _beyond(config):
-    """What of an architecture the two kernels of this file do not do, in words, or None."""
+    """What of an architecture torch's varlen kernel does not do, in words, or None."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
