@@ -137,7 +137,7 @@ def test_states_are_those_of_real_runs_to_the_byte(ranks, launch, tmp_path):
     common = [
         "model_name=smollm2-1m", "tokenizer_name=train", f"config_overrides={json.dumps(ODD)}", "block_size=128",
         "per_device_train_batch_size=2", "max_steps=2", "warmup_steps=1", "validation_fraction=0", "sample_steps=0",
-        "save_strategy=no", "disable_tqdm=true", "resume=never", f"prepared_dir={tmp_path / 'prepared'}",
+        "save_strategy=no", "disable_tqdm=true", "resume=never", "bf16=true", f"prepared_dir={tmp_path / 'prepared'}",
     ]  # fmt: skip
     words = [
         [*common, f"optim={optim}", f"output_dir={tmp_path / str(number)}",
