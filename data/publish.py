@@ -11,12 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.utils import disable_progress_bars
-
 from smolpretrain.core.text import reason
-from smolpretrain.hub.connection import Repository, check_license
 
-from .dataset_card import make_card
 from .pack.manifest import FILE_NAME, Manifest, verify
 
 REMEDIES = {
@@ -39,6 +35,8 @@ class Publication:
     license: str | None = None
 
     def __post_init__(self):
+        from smolpretrain.hub.connection import Repository  # a third of a second to import, for who publishes
+
         self.repository = Repository(
             self.repo_id, "dataset", self.public, asked=f"--push_to_hub {self.repo_id}", remedies=REMEDIES
         )
@@ -50,6 +48,8 @@ def claim(publication: Publication) -> None:
     Raises ValueError: one sentence with what to do.
     """
     if publication.license:
+        from smolpretrain.hub.connection import check_license
+
         check_license(f"--license {publication.license}", publication.license)
     there = publication.repository.claim()
     files = {file.rfilename for file in there.siblings or []} - {".gitattributes", "README.md"}
@@ -82,6 +82,10 @@ def push(publication: Publication, prepared_dir: str, manifest: Manifest) -> str
 
     Raises NotUploaded where the Hub refuses for good, or does not answer in several tries.
     """
+    from huggingface_hub.utils import disable_progress_bars
+
+    from .dataset_card import make_card
+
     if not sys.stderr.isatty():
         disable_progress_bars()
     name, repository = publication.repo_id, publication.repository

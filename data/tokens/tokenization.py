@@ -5,10 +5,13 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # half a second to import, which a --help has no use for
+    from transformers import PreTrainedTokenizerFast
 
 # SmolLM2's, in its order: their ids are 0 to 16. Source: HuggingFaceTB/SmolLM2-135M, tokenizer.json.
 SPECIAL_TOKENS = [
@@ -44,7 +47,7 @@ def cut_runs(text: str) -> list[str]:
     return [piece for piece in [*found, text[at:]] if piece]
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE tokenizer with SmolLM2's pipeline and special tokens.
 
     Args:
@@ -60,6 +63,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
 
     Source: HuggingFaceTB/SmolLM2-135M, tokenizer.json (digits alone, then GPT-2's byte-level split).
     """
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(SPECIAL_TOKENS) + len(alphabet)
     if vocab_size < smallest:
@@ -93,7 +98,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     )
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokenizerFast":
     """Load a tokenizer from the Hub or a local directory; code from there is never run.
 
     Its tokenizer.json is taken as it stands. AutoTokenizer rebuilds it from the class named beside it instead, and
@@ -106,6 +111,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     Raises:
         ValueError: Nothing there, no fast tokenizer, or no EOS token.
     """
+    from transformers import PreTrainedTokenizerFast
+
     directory = os.path.expanduser(name)
     local = os.path.isdir(directory)
     if not local and (directory.startswith((".", "/")) or directory.count("/") > 1 or os.path.exists(directory)):
@@ -128,6 +135,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def _from_vocabulary_files(source: str, revision: str | None, local: bool):
+    from transformers import AutoTokenizer  # which imports torch
+
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except Exception as error:
@@ -137,7 +146,7 @@ def _from_vocabulary_files(source: str, revision: str | None, local: bool):
         raise ValueError(f"tokenizer_name: {source} cannot be loaded: {where} ({reason}); {remedy}.") from error
 
 
-def _backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def _backend(tokenizer: "PreTrainedTokenizerFast") -> Tokenizer:
     """Copy the backend without truncation and padding, which calls on the tokenizer leave behind."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
@@ -145,14 +154,14 @@ def _backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return backend
 
 
-def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def plain_backend(tokenizer: "PreTrainedTokenizerFast") -> Tokenizer:
     """Copy the backend as documents need it: the text of a special token inside one is text, not a boundary."""
     backend = _backend(tokenizer)
     backend.encode_special_tokens = True
     return backend
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
     """Return the sha256 of what decides a text's ids: the backend's JSON; the same after saving and loading."""
     backend = tokenizer.backend_tokenizer
     if backend.truncation is not None or backend.padding is not None:
@@ -160,7 +169,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(backend.to_str().encode("utf-8")).hexdigest()
 
 
-def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
     """Return the smallest vocabulary that holds every id, which is above len(tokenizer) where ids have gaps."""
     return max(tokenizer.get_vocab().values()) + 1  # the added tokens among them
 
@@ -170,7 +179,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def document_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[str]], list[np.ndarray]]:
+def document_encoder(tokenizer: "PreTrainedTokenizerFast") -> Callable[[list[str]], list[np.ndarray]]:
     """Return a function from texts to ids, made once for a whole corpus; see `encode_documents`."""
     backend = plain_backend(tokenizer)
     end = [tokenizer.eos_token_id]
@@ -183,7 +192,7 @@ def document_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[str]]
     return encode
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[np.ndarray]:
+def encode_documents(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str]) -> list[np.ndarray]:
     """Turn documents into ids, each ending in EOS.
 
     Args:
