@@ -1,24 +1,26 @@
 """Text to packed blocks: ours beside `datasets.map` and beside the tokenizer alone, in one run, as ratios.
 
-    python benchmarks/preparation.py [--megabytes 30 300] [--tokenizer DIR] [--kinds jsonl parquet] [--rounds 2]
+    python benchmarks/preparation.py [--megabytes 30 300] [--kinds jsonl jsonl.zst parquet] [--tokenizer DIR]
+                                     [--rounds 2] [--ways ours ...]
     python benchmarks/preparation.py --ways ours --megabytes 10 1000        # does memory grow with the corpus?
     python benchmarks/preparation.py --ways ours --megabytes 200 --one_document
 
 The corpus is the built-in text, each document cut into paragraphs of about 2 kB that are shuffled and joined anew, so
 that no two documents are alike. `datasets.map` is the recipe of run_clm.py: load_dataset, tokenize in 2 processes, then
-group_texts in 2 processes. Each way runs in a process of its own, turn about; time is from the first byte read to the
-last one written, imports and the loading of the tokenizer left out; memory is the peak of all the way's processes
-together (proportional set size), above what that process held before it began.
+group_texts in 2 processes. Each way runs in a process of its own, turn about. tokens/s is from the first byte read to
+the last one written, imports and the loading of the tokenizer left out. The seconds of the whole process have them in,
+and so has the memory: the peak of all the way's processes together, from their start (proportional set size, so that
+shared pages count once).
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -26,20 +28,22 @@ BLOCK = 2048
 
 
 def write_corpus(path, megabytes):
-    """Documents of 0.5 to 8 kB, JSON lines or parquet."""
+    """Documents of 0.5 to 8 kB, JSON lines (.zst: compressed) or parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+    import zstandard
 
     from smolpretrain.data.read.corpus import builtin_documents
 
     random.seed(0)
     paragraphs = [text[at : at + 500] for text in builtin_documents() for at in range(0, len(text), 500)]
     size, texts, writer = 0, [], None
-    with open(path, "wb") as file:
+    compressed = path.suffix == ".zst"
+    with zstandard.open(path, "wb") if compressed else open(path, "wb") as file:
         while size < megabytes * 1e6:
             texts.append("\n\n".join(random.choices(paragraphs, k=random.randint(1, 16))))
             size += len(texts[-1].encode())
-            if path.suffix == ".jsonl":
+            if path.suffix != ".parquet":
                 file.write(json.dumps({"text": texts.pop()}).encode() + b"\n")
             elif len(texts) == 10_000 or size >= megabytes * 1e6:
                 table = pa.table({"text": texts})
@@ -83,7 +87,7 @@ def datasets_map(path, tokenizer, directory):
     import datasets
 
     datasets.disable_progress_bars()
-    kind = "json" if path.suffix == ".jsonl" else "parquet"
+    kind = "parquet" if path.suffix == ".parquet" else "json"
     loaded = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=str(directory))
     eos = tokenizer.eos_token_id
 
@@ -118,50 +122,52 @@ WAYS = {"ours": ours, "datasets.map, 2 processes": datasets_map, "tokenizers alo
 
 
 def run_one(name, path, tokenizer_dir):
-    """In a process of its own: print tokens, seconds and the peak memory above the start's."""
-    import datasets  # noqa: F401 (imports are not timed)
-
-    import smolpretrain.data.prepare  # noqa: F401
+    """In a process of its own: print tokens and seconds."""
+    if name == "ours":
+        import smolpretrain.data.preparation  # noqa: F401 (imports are not timed)
+    elif name.startswith("datasets"):
+        import datasets  # noqa: F401
     from smolpretrain.data.tokens.tokenization import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_dir)
-    before, peak, stop = memory(), [0], threading.Event()
-
-    def watch():
-        while not stop.wait(0.05):
-            peak[0] = max(peak[0], memory())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     with tempfile.TemporaryDirectory() as directory:
         began = time.monotonic()
         tokens = WAYS[name](path, tokenizer, Path(directory))
         seconds = time.monotonic() - began
-    stop.set()
-    watcher.join()
     tokens, seconds = tokens if isinstance(tokens, tuple) else (tokens, seconds)
-    print(json.dumps({"tokens": tokens, "seconds": seconds, "gib": (peak[0] - before) / 2**20}))
+    print(json.dumps({"tokens": tokens, "seconds": seconds}))
 
 
-def memory():
+def run_whole(command):
+    """Run a way; return what it says, with the seconds and the peak memory of its whole processes."""
+    began, peak = time.monotonic(), 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            peak = max(peak, memory(process.pid))
+            time.sleep(0.02)
+        said = process.stdout.read()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return json.loads(said.splitlines()[-1]) | {"whole": time.monotonic() - began, "gib": peak / 2**20}
+
+
+def memory(pid):
     """KiB that this process and those below it hold, shared pages counted once."""
     import psutil
 
     total = 0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        try:
-            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-            values = {line.split()[0]: int(line.split()[1]) for line in lines[1:]}
-            total += values["Pss_Anon:"] + values.get("Pss_Shmem:", 0)
-        except (OSError, KeyError):
-            continue
+    with contextlib.suppress(psutil.Error):
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            with contextlib.suppress(OSError):
+                lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+                total += next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
     return total
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[30, 300])
-    parser.add_argument("--kinds", nargs="+", default=["jsonl", "parquet"])
+    parser.add_argument("--kinds", nargs="+", default=["jsonl", "jsonl.zst", "parquet"])
     parser.add_argument("--tokenizer", help="directory; default: one of 4096 tokens trained on the built-in text")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
@@ -176,7 +182,8 @@ def main():
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(": ")[1] for line in cpuinfo if line.startswith("model name")), "an unknown CPU")
     print(f"{os.cpu_count()} cores of {cpu}; tokenizer: {args.tokenizer or 'trained on the built-in text, 4096'}.\n")
-    print("| MB | | | tokens/s | of datasets.map | peak memory (GiB) |\n|---:|---|---|---:|---:|---:|")
+    print("| MB | | | tokens/s | of datasets.map | whole process (s) | peak memory (GiB) |")
+    print("|---:|---|---|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = args.tokenizer or f"{directory}/tokenizer"
         if not args.tokenizer:
@@ -194,13 +201,13 @@ def measure(path, megabytes, kind, tokenizer, rounds, ways):
     for _ in range(rounds):
         for name in ways:
             command = [sys.executable, __file__, "--one", name, str(path), str(tokenizer)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            found[name].append(run_whole(command))
     rate = {name: max(run["tokens"] / run["seconds"] for run in runs) for name, runs in found.items()}
     for name, runs in found.items():
         peer, gib = rate.get("datasets.map, 2 processes"), max(run["gib"] for run in runs)
         ratio = f"{rate[name] / peer:.1f}" if peer else ""
-        print(f"| {megabytes} | {kind} | {name} | {rate[name]:,.0f} | {ratio} | {gib:.2f} |", flush=True)
+        whole = f"{min(run['whole'] for run in runs):.1f}"
+        print(f"| {megabytes} | {kind} | {name} | {rate[name]:,.0f} | {ratio} | {whole} | {gib:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

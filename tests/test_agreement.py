@@ -97,7 +97,7 @@ def test_ids_are_those_of_tokenizers_for_every_kind_of_pre_tokenizer(kind):
         ids, lengths = encode(texts)
         truth = encode_documents(tokenizer, texts)
         assert np.array_equal(ids, np.concatenate(truth)) and lengths.tolist() == list(map(len, truth))
-        assert any(not encode._agreement.is_unsure(text) for text in texts)
+        assert any(not encode.agreement.is_unsure(text) for text in texts)
 
 
 def unshown(backend):

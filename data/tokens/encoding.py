@@ -52,7 +52,7 @@ class Encoder:
         backend: auto (tokie where it is installed and agrees, else tokenizers), tokenizers, or tokie.
         say: Called with one sentence where auto falls back.
 
-    Attributes: backend, the one in use, once a first batch was encoded.
+    Attributes: backend, the one in use, and agreement, which tells its unsure texts, once a first batch was encoded.
 
     Called on texts, returns (ids, lengths): uint16 (uint32 above 65536 tokens) [tokens], and int64 [documents], EOS
     included.
@@ -66,7 +66,7 @@ class Encoder:
         self.backend = backend
         self._say = say
         self._truth = plain_backend(tokenizer)
-        self._tokie = self._agreement = None
+        self._tokie = self.agreement = None
         self._cuttable = None
         self._eos = tokenizer.eos_token_id
         self._vocabulary = tokenizer.get_vocab()
@@ -93,7 +93,7 @@ class Encoder:
         try:
             import tokie  # noqa: F401 (before its version is asked for)
 
-            self._agreement = Agreement(self._truth)
+            self.agreement = Agreement(self._truth)
             self._tokie = load_tokie(self._truth)
             self._check([*plain_tokens(self._vocabulary), *HURTFUL, *_first(texts, CHECKED_FIRST)])
         except ImportError:
@@ -133,7 +133,7 @@ class Encoder:
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._tokie is None:
             return self._encode_truth(texts)
-        unsure = [number for number, text in enumerate(texts) if self._agreement.is_unsure(text)]
+        unsure = [number for number, text in enumerate(texts) if self.agreement.is_unsure(text)]
         if not unsure:
             return self._tokie.encode_batch_flat(texts, add_special_tokens=False)
         blanked = list(texts)
