@@ -99,3 +99,11 @@ def test_the_command_says_what_a_mixture_realised_and_what_was_left_out(corpus_f
     assert "documents.jsonl: " in out and "built-in: " in out and str(tmp_path) not in out
     assert "of all for a weight of 0.7500" in out and "left out: min_characters " in out
     assert str(corpus_file.parent) not in (tmp_path / "prepared" / "manifest.json").read_text()
+
+
+def test_help_waits_for_neither_torch_nor_the_hub(launch, tmp_path):
+    heavy = "{'torch', 'transformers', 'datasets', 'huggingface_hub'}"
+    script = f"import runpy, sys; sys.argv = [{str(COMMAND[1])!r}, '--help']"
+    script += "; runpy.run_path(sys.argv[0], run_name='__main__')"
+    (tmp_path / "help.py").write_text(f"{script}; print(sorted({heavy} & {{*sys.modules}}))")
+    assert launch("python", tmp_path / "help.py", cwd=tmp_path).stdout.endswith("[]\n")
