@@ -104,7 +104,7 @@ def write_parts(work: Work, shard_index: int, num_shards: int, num_proc: int, pr
     numbers = range(shard_index, len(work.parts), num_shards)
     if num_proc > max(1, len(numbers)):
         parts = f"{len(numbers)} part{'s' if len(numbers) != 1 else ''}"
-        progress.say(f"num_proc = {num_proc}: this text has {parts} to share out, so no more work at it.")
+        progress.say(f"num_proc = {num_proc}: this text has {parts} to share out, so no more processes work at it.")
     num_proc = min(num_proc, len(numbers))
     with progress:
         if num_proc < 2:
