@@ -38,12 +38,12 @@ class ReadyDocuments(Documents):
 
     def _judge(self, reader, values: list, position, tally: Tally) -> list:
         rows = list(map(self._checked, values))
-        whole = [number for number, row in enumerate(rows) if isinstance(row, np.ndarray)]
-        ended = [bool(rows[number][-1] == self._eos) for number in whole]
-        texts = self._decode([rows[at][: len(rows[at]) - end].tolist() for at, end in zip(whole, ended, strict=True)])
-        for number, text, end in zip(whole, texts, ended, strict=True):
+        whole = {number: row for number, row in enumerate(rows) if isinstance(row, np.ndarray)}
+        ended = [bool(ids[-1] == self._eos) for ids in whole.values()]
+        texts = self._decode([ids[: len(ids) - e].tolist() for ids, e in zip(whole.values(), ended, strict=True)])
+        for (number, ids), text, end in zip(whole.items(), texts, ended, strict=True):
             made = ReadyText(text)
-            made.ids = rows[number] if end else np.append(rows[number], self._eos)
+            made.ids = ids if end else np.append(ids, self._eos)
             rows[number] = made
             tally.eos_appended += not end
         return super()._judge(reader, rows, position, tally)
