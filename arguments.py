@@ -17,15 +17,6 @@ from smolpretrain.data.arguments import CorpusArguments, one_of, read_entries
 from smolpretrain.limits import COMPRESSIONS, SCHEDULE
 
 STREAM_DOCUMENTS = 20_000  # at 2 kB each 40 MB of text: seconds to prepare, 100 held out at the default fraction
-SAME_ON_RESUME = (
-    *("seed", "data_seed", "per_device_train_batch_size", "dataloader_drop_last", "bf16", "max_grad_norm", "optim"),
-    *("optim_args", "z_loss", "gradient_compression", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-)
-FREE_ON_RESUME = (
-    *("max_steps", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "keep_every_steps"),
-    *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "max_eval_samples", "sample_steps"),
-    *("dataloader_num_workers", "activation_checkpointing", "ddp_timeout", "max_bad_steps", "on_spike"),
-)
 ATTENTION = (
     *("auto", "varlen", "flash_attention_4", "flash_attention_3", "flash_attention_2"),
     *("flex_attention", "sdpa", "eager"),
@@ -370,3 +361,6 @@ class PretrainArguments(TrainingArguments):
         rows = self.max_steps * self.gradient_accumulation_steps * self.per_device_train_batch_size * self.world_size
         share = {"length": rows, "micro_batch": self.per_device_train_batch_size, "seed": self.seed}
         return share | {"rank": self.process_index, "world_size": self.world_size}
+
+
+ARGUMENTS = (ModelArguments, DataArguments, PretrainArguments)  # of a run

@@ -49,7 +49,7 @@ def timed(method, name, first=False):
 def inside(words):
     """One rank; the first prints the medians."""
     ends, train = [], run_pretrain.train
-    Divergence, Stop = run_pretrain.divergence.Divergence, run_pretrain.guards.StopTogether
+    Divergence, Stop = divergence.Divergence, run_pretrain.guards.StopTogether
     watch, losses, stop = Divergence.watch, "losses shared and judged", "stop agreed"
     shared = timed(watch, losses, first=True)
     Divergence.watch = lambda self, loss, last: (shared if last else watch)(self, loss, last)
@@ -97,6 +97,7 @@ if __name__ == "__main__":
 
         sys.path.insert(0, str(ROOT))
         from smolpretrain import run_pretrain
+        from smolpretrain.training.safety import divergence
 
         inside([word for word in sys.argv[1:] if not word.startswith("--local_rank")])
     else:

@@ -16,6 +16,7 @@ import sys
 import typing
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
+from types import MappingProxyType
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -83,13 +84,13 @@ def place(sentence, given):
 
 
 def resolve(parsed):
-    """{key: value} of everything that was given or left at its default, access tokens aside."""
+    """{key: value} of everything that was given or left at its default, access tokens aside; it cannot be changed."""
     resolved = {}
     for part in parsed:
         values = part.to_dict() if hasattr(part, "to_dict") else asdict(part)
         names = {f.name for f in fields(part) if f.init and not f.name.endswith("_token")}
         resolved |= {name: value for name, value in values.items() if name in names}
-    return resolved
+    return MappingProxyType(resolved)
 
 
 def collect(argv, switches=None):

@@ -204,7 +204,7 @@ def write_report(run_dir):
         for row in [*own, *copied]:
             settings = row.get("settings") or {}
             table.writerow(row | {"settings": settings if isinstance(settings, str) else json.dumps(settings)})
-    arguments = run.get("arguments", {})
+    arguments = run.get("arguments", {}) | run.get("decided", {})
     chosen = [[name, str(arguments[name])] for name in ARGUMENTS if arguments.get(name) is not None]
     source = json.dumps(run.get("data", {}).get("source", {}), ensure_ascii=False)
     versions = ", ".join(f"{name} {found}" for name, found in run.get("versions", {}).items() if found)

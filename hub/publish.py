@@ -69,7 +69,8 @@ def reproduce(run_dir: Path, target: Path, run: dict) -> str:
     result = run.get("result") or {}
     if "bits_per_byte" not in result:
         return "no score to reproduce: run.json holds no held-out bits per byte."
-    arguments, used = run.get("arguments") or {}, result["held_out"]
+    arguments = (run.get("arguments") or {}) | (run.get("decided") or {})
+    used = result["held_out"]
     asked, scored = arguments.get("prepared_dir"), []
     sets = (
         {asked or str(run_dir / "prepared"): run["data"]["fingerprint"]}

@@ -86,7 +86,7 @@ class Run:
 
     @property
     def arguments(self):
-        return self.record.get("arguments") or {}
+        return (self.record.get("arguments") or {}) | (self.record.get("decided") or {})
 
     @property
     def plan(self):

@@ -112,6 +112,8 @@ def test_run_json_has_what_others_rely_on(readme_run):
     assert run["plan"]["model"]["total"] == run["parameters"] and run["plan"]["memory"]["fits"]
     assert {"documents", "tokens", "blocks", "fingerprint"} <= set(run["data"])
     assert run["arguments"]["optim"] == "adamw_bnb_8bit" and run["arguments"]["deepspeed"] == "ds_configs/zero2.json"
+    assert run["decided"]["eval_strategy"] == "steps" and run["decided"]["attn_implementation"] == "sdpa"
+    assert run["arguments"]["attn_implementation"] == "auto", "what was asked stays as it was asked"
     assert run["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert run["parameters"] == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(readme_run[0]).parameters())
 

@@ -33,13 +33,20 @@ def write_run(output_dir, **entries):
     write_json(path, (read_json(path) if path.is_file() else {}) | entries)
 
 
-def write_start(output_dir, arguments, manifest, git, plan):
-    """run.json before the first step: what was asked, with what, on which data, and the plan."""
+def write_start(output_dir, arguments, decided, manifest, git, plan):
+    """run.json before the first step: what was asked, what the start decided, with what, on which data, the plan."""
     splits = manifest.splits
     data = {key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "blocks")}
     data |= {"validation_fraction": manifest.validation_fraction, "filtered": manifest.filtered}
     data |= {"fingerprint": manifest.fingerprint, "source": manifest.source, "splits": splits}
-    run = {"arguments": arguments, "versions": versions(), "git_commit": git, "plan": plan, "data": data}
+    run = {
+        "arguments": arguments,
+        "decided": decided,
+        "versions": versions(),
+        "git_commit": git,
+        "plan": plan,
+        "data": data,
+    }
     write_run(output_dir, **run, last_stop=None)
 
 

@@ -237,7 +237,11 @@ class PretrainTrainer(Trainer):
             self.optimizer.eval()
 
     def export(self):
-        """Write the trained model into output_dir, see `export`. All ranks call; training is over after it."""
+        """Write the trained model into output_dir, see `export`. All ranks call; training is over after it.
+
+        Returns:
+            What was counted: {tokens_seen, skipped_steps}.
+        """
         self._average_weights()
         state = None
         if self.is_deepspeed_enabled and self.accelerator.deepspeed_config["zero_optimization"]["stage"] == 3:
@@ -246,6 +250,7 @@ class PretrainTrainer(Trainer):
             network = self.accelerator.unwrap_model(self.model_wrapped)
             export(network, self.processing_class, self.args.output_dir, self.args.bf16, state)
         self.accelerator.wait_for_everyone()
+        return {"tokens_seen": self.state.num_input_tokens_seen, "skipped_steps": self.divergence.skipped}
 
 
 def export(network, tokenizer, output_dir, bf16, state=None):

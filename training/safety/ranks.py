@@ -18,7 +18,7 @@ import psutil
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from smolpretrain.core import upstream
+from smolpretrain.core import status, upstream
 from smolpretrain.core.text import one_line
 
 from .guards import SIGNALS
@@ -28,6 +28,22 @@ LOST = re.compile(r"closed by (?:the )?peer|reset by peer|Broken pipe|refused|ti
 STORE_SECONDS = 10  # a store that answers does so in milliseconds
 REFUSAL_SECONDS = 60  # between the first rank's refusal and another's lie seconds
 MEETING_SECONDS = 1800  # the ranks of a launch meet within, or torch ends them (its default_pg_timeout)
+
+
+def rank():
+    """This process's number in its launch."""
+    return int(os.environ.get("RANK", 0))
+
+
+def say(sentence):
+    """One line from the first rank."""
+    if rank() == 0 and sentence:
+        print(sentence, flush=True)
+
+
+def fail(error, code=status.BAD_INPUT):
+    """One line for all ranks, and the exit status on each."""
+    refuse(rank(), int(os.environ.get("WORLD_SIZE", 1)), Refusal(one_line(error), code))
 
 
 def wait_for_first(world_size, done):
@@ -114,14 +130,14 @@ def one_error(rank, world_size, where):
         if world_size > 1:  # once another has ended the launcher signals this one, which might leave without its error
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
-        status = getattr(error, "status", None)  # of an error that is no mistake of the program's, as a full disk
-        if world_size == 1 and status is None:
+        code = getattr(error, "status", None)  # of an error that is no mistake of the program's, as a full disk
+        if world_size == 1 and code is None:
             raise
         lost = _is_lost(error)
         silent = _silent_ranks(rank, world_size) if lost else None
         first, told = fails_first(rank, world_size, error)
         if first:
-            if status is not None:
+            if code is not None:
                 print(f"run_pretrain.py: error: {error}", file=sys.stderr)
             elif lost:
                 short = one_line(error)[-160:]
@@ -135,7 +151,7 @@ def one_error(rank, world_size, where):
         sys.stderr.flush()
         sys.stdout.flush()
         if world_size == 1:
-            sys.exit(status)
+            sys.exit(code)
         os._exit(told or 1)  # the launcher passes on the status of whichever rank it finds ended
 
 
@@ -187,10 +203,10 @@ def fails_first(rank, world_size, error):
 
     Ask before anything is undone that the other ranks work on: what they then run into must find this rank's told.
     """
-    status = getattr(error, "status", None)
+    code = getattr(error, "status", None)
     if world_size == 1:
-        return True, status
-    mine = f"{rank} {status or 1}"
+        return True, code
+    mine = f"{rank} {code or 1}"
     try:
         upstream.default_store().set_timeout(timedelta(seconds=STORE_SECONDS))
         told = upstream.default_store().compare_set("failed", "", mine).decode()

@@ -10,6 +10,17 @@ from smolpretrain.core.status import DAMAGED
 
 from .checkpoints import MANIFEST, by_step, finished, read_manifest, step_of, verify
 
+SAME_ON_RESUME = (
+    *("seed", "data_seed", "per_device_train_batch_size", "dataloader_drop_last", "bf16", "max_grad_norm", "optim"),
+    *("optim_args", "z_loss", "gradient_compression", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+FREE_ON_RESUME = (
+    *("max_steps", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "keep_every_steps"),
+    *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "max_eval_samples", "sample_steps"),
+    *("dataloader_num_workers", "activation_checkpointing", "ddp_timeout", "max_bad_steps", "on_spike"),
+)
+NOT_ARCHITECTURE = {"transformers_version", "use_cache", "_name_or_path", "dtype", "architectures"}
+
 
 class Damaged(ValueError):
     """There are finished checkpoints, and not one is whole."""
@@ -53,6 +64,36 @@ class Choice:
     said: list[str] = field(default_factory=list)
     accumulation: int = 1
     evaluate_first: bool = False
+
+
+def describe_and_choose(config, args, *, rows, same, schedule, fixed_ranks, versions):
+    """(Run of this command, Choice), the same on all ranks; what the choice asks of the accumulation is in both.
+
+    Args:
+        config: The architecture.
+        args: PretrainArguments.
+        rows: Of the training set.
+        same, schedule: What must be the same besides, and the names of the learning rate's arguments; see Run.
+
+    Raises:
+        ValueError: There is no checkpoint to go on from as asked; see `choose`.
+    """
+    same = {f"config {k}": v for k, v in config.to_diff_dict().items() if k not in NOT_ARCHITECTURE} | same
+    same["zero stage"] = args.deepspeed and args.hf_deepspeed_config.get_value("zero_optimization.stage")
+    run = Run(
+        same=same | args.on_resume(SAME_ON_RESUME),
+        schedule=args.on_resume(schedule),
+        free=args.on_resume(FREE_ON_RESUME),
+        ranks=args.world_size,
+        accumulation=args.gradient_accumulation_steps,
+        micro_batches=rows // args.per_device_train_batch_size,
+        fixed_ranks=bool(args.deepspeed) or fixed_ranks,
+        versions=versions,
+    )
+    asked = (args.output_dir, args.resume, args.trust_checkpoint, run, args.allow_changes or ())
+    choice = choose_together(args.process_index, args.world_size, *asked)
+    run.accumulation = choice.accumulation
+    return run, choice
 
 
 def choose_together(rank, world_size, *asked):
