@@ -1,7 +1,7 @@
 """What makes a step fast on a GPU and changes nothing else: each layer compiled, the residual stream in 16 bits.
 
 Layers are compiled one by one: they share one graph, so that the first step comes 13 s later and not 80 (SmolLM2-135M
-on an H100); the whole model, by torch_compile=true, was not faster there at 16 rows and more.
+on an H100). The whole model, by torch_compile=true, was not timed beside them in one run.
 """
 
 import os
