@@ -145,6 +145,7 @@ def test_a_wheel_holds_one_top_level_name_and_its_data_files(tmp_path):
     shipped = {
         "run_pretrain.py",
         "args.json",
+        "py.typed",
         "core/architectures.json",
         "ds_configs/zero2.json",
         "data/pack/packing.py",
