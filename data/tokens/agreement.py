@@ -152,13 +152,13 @@ def joined_in(vocabulary: dict, kind: str) -> str:
     names = byte_names()
     white = "".join(names[byte] for byte in b" \t\n\r\x0b\x0c")
     beyond = "".join(names[0x80:])
+    tabs = [token for token in vocabulary if names[9] in token]
     if kind not in GPT2_KINDS:
-        joins = any(re.search(f"{names[9]}[^a-zA-Z0-9{white}{re.escape(beyond)}]", token) for token in vocabulary)
+        joins = any(re.search(f"{names[9]}[^a-zA-Z0-9{white}{re.escape(beyond)}]", token) for token in tabs)
         return r"|\t[^ \t\n\r\x0b\x0cA-Za-z0-9]" if joins else ""
-    more = ""
-    if any(re.search(f"{names[9]}[^{white}]", token) for token in vocabulary):
-        more += r"|\t[^ \t\n\r]"
-    quoted = {token for token in vocabulary if re.search(f"'[a-zA-Z{re.escape(beyond)}]", token)}
+    more = r"|\t[^ \t\n\r]" if any(re.search(f"{names[9]}[^{white}]", token) for token in tabs) else ""
+    quotes = [token for token in vocabulary if "'" in token]
+    quoted = {token for token in quotes if re.search(f"'[a-zA-Z{re.escape(beyond)}]", token)}
     quoted -= {"'s", "'t", "'m", "'d", "'ll", "'re", "'ve"}
     begun = {"'l": "'l(?!l)", "'r": "'r(?!e)", "'v": "'v(?!e)"}  # on the way to a contraction
     more += "".join("|" + text for token, text in begun.items() if token in quoted)
