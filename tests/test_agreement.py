@@ -57,7 +57,7 @@ def test_what_is_let_through_is_cut_alike(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["smollm2", "llama3"])  # the others' are the command's: a minute each
 def test_what_is_let_through_is_cut_alike_over_every_code_point_and_three_characters(kind):
     probe = Probe(kind)
     for texts, differ, passed in (
