@@ -285,7 +285,7 @@ ROWS = [
     ("B40", ["output_dir="], "output_dir is empty: name the directory that everything goes to."),
     ("B41", [f"run_name={TOKEN}"], "command line: run_name holds an access token: set HF_TOKEN or run `hf auth login`"),
     ("B41", [TOKEN], "command line: a word holds an access token"),
-    ("B41", [f"--hub_token={TOKEN}"], "command line: --hub_token holds an access token"),
+    ("B41", [f"--hub_token={TOKEN}"], "command line: hub_token holds an access token"),
     ("B41", ["hub_token=short"], "hub_token must not be in arguments: set HF_TOKEN or run `hf auth login`."),
     ("B41", [f"config_overrides={json.dumps({'x': [TOKEN]})}"], "config_overrides holds an access token"),
     ("B41", ["run_name=AKIA" + "A1B2C3D4" * 2], "run_name holds an access token"),
