@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTok
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=alphabet,
+        show_progress=sys.stderr.isatty(),
     )
     documents = (piece for document in documents for piece in cut_runs(document))
     first = next(documents, None)
