@@ -531,7 +531,7 @@ def test_a_stream_that_was_closed_from_the_start_takes_what_is_written():
 def test_our_launcher_without_a_launcher_says_how_it_is_called(words):
     done = subprocess.run([sys.executable, "launch.py", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    launchers = "[--restarts N] deepspeed|torchrun|accelerate [its own words] run_pretrain.py args.json"
+    launchers = "[restarts=N] deepspeed|torchrun|accelerate [its own words] run_pretrain.py args.json"
     assert done.stderr == f"usage: launch.py {launchers}\n"
 
 
