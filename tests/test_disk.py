@@ -22,6 +22,7 @@ def arguments(output_dir, **changes):
     known = {
         "output_dir": str(output_dir),
         "deepspeed": None,
+        "bf16": True,
         "eval_strategy": "no",
         "max_steps": 100,
         "save_steps": 10,
