@@ -17,7 +17,7 @@ from smolpretrain.planning.report import GIB, duration, size
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 H100S = "gpu=H100-SXM network_gbit_per_second=3200 price_per_gpu_hour=2.50"  # 8 a machine, EFA of AWS's P5
 RUNS = {  # recipe: for what devices, in plan.py's words
-    "cpu-10min": "gpu=cpu",
+    "cpu-10min": "gpu=cpu bf16=true",  # as CPUs with bfloat16 instructions run it: one table on every machine
     "smollm2-135m-1x24gb": "gpu=RTX-4090 price_per_gpu_hour=0.40",
     "smollm2-1.7b-4xl4": "gpus=4 gpu=L4 price_per_gpu_hour=0.80",
     "smollm2-1.7b-cosmopedia-4xl4": "gpus=4 gpu=L4 price_per_gpu_hour=0.80",
