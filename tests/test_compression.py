@@ -51,7 +51,7 @@ def test_powersgd_begins_after_a_tenth_of_the_run(steps, begin):
         ("bf16", ["deepspeed=null"], "needs NCCL, and CPUs have gloo: torch refuses its hook"),
         ("powersgd", ["deepspeed=null"], "needs NCCL, and CPUs have gloo: its chained reductions hang"),
         ("powersgd", [], "is DDP's, and ZeRO (deepspeed = "),
-        ("fp16", [], "saves nothing: ZeRO sends bfloat16 where bf16 = true"),
+        ("fp16", ["bf16=true"], "saves nothing: ZeRO sends bfloat16 where bf16 = true"),
         ("bf16", [f"deepspeed={json.dumps(ZERO)}"], "has communication_data_type = fp32. Leave one of them out."),
     ],
 )
