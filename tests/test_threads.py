@@ -11,6 +11,7 @@ BURN = "while True: pass"
 LOOK = """
 import os, runpy, sys, time
 runpy.run_path("in_place.py")
+sys.argv[0] = "trains.py"  # no launcher above names it; "-c" many a shell does
 from smolpretrain.core.threads import Look
 look = Look()
 time.sleep(1)
