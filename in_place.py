@@ -8,9 +8,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
-_here = Path(__file__).resolve().parent
-_spec = importlib.util.spec_from_file_location(
-    "smolpretrain", _here / "__init__.py", submodule_search_locations=[str(_here)]
-)
-sys.modules["smolpretrain"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(sys.modules["smolpretrain"])
+_here = str(Path(__file__).resolve().parent)
+if list(getattr(sys.modules.get("smolpretrain"), "__path__", [])) != [_here]:  # once: its rooms hang on the module
+    _spec = importlib.util.spec_from_file_location(
+        "smolpretrain", str(Path(_here, "__init__.py")), submodule_search_locations=[_here]
+    )
+    sys.modules["smolpretrain"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["smolpretrain"])
