@@ -1,6 +1,6 @@
 # Each command sets up what it needs in .venv. Set PYTHON for another interpreter (3.11 or newer).
 #   make train [ARGS="key=value ..."]     trains on the built-in text
-#   make test  [ARGS="..."]               runs the tests
+#   make test  [ARGS="..."]               runs the tests, two files at a time: many wait more than they compute
 #   make fast  [ARGS="..."]               runs those that launch no real training, on all cores: about two minutes on two
 #   make types                            checks types
 #   make docs                             builds the site into build/site
@@ -17,8 +17,8 @@ train: $(VENV)/train.installed
 	@python launch.py deepspeed run_pretrain.py args.json $(ARGS) ; exit $$?
 
 test: $(VENV)/test.installed
-	@echo "+ pytest $(ARGS)"
-	@python -m pytest $(ARGS) ; exit $$?
+	@echo "+ pytest -n 2 --dist loadfile $(ARGS)"
+	@python -m pytest -n 2 --dist loadfile $(ARGS) ; exit $$?
 
 fast: $(VENV)/test.installed
 	@echo "+ pytest -m 'not slow' -n auto --dist loadfile $(ARGS)"

@@ -49,7 +49,7 @@ def test_an_extension_links_where_torch_lies_in_a_path_with_a_space(tmp_path):
     ("target", "runs"),
     [
         ("train", "launch.py deepspeed run_pretrain.py args.json max_steps=3"),
-        ("test", "-m pytest max_steps=3"),
+        ("test", "-m pytest -n 2 --dist loadfile max_steps=3"),
         ("fast", "-m pytest -m not slow -n auto --dist loadfile max_steps=3"),
         ("docs", "-m mkdocs build --strict"),
     ],
